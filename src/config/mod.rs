@@ -1,0 +1,228 @@
+//! Checked configurations: what is true, after what was typed has been read.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::record::{Format, IndexRule, TypeName};
+
+/// What `waybill send` does.
+#[derive(Clone, Debug)]
+pub struct SendConfig {
+    /// Receivers, in order of preference (this version dials the first that answers).
+    pub to: Vec<Endpoint>,
+    /// File that holds the token alone; read anew at each connection.
+    pub token_file: PathBuf,
+    /// PEM file of the authorities to trust instead of the machine's own.
+    pub ca: Option<PathBuf>,
+    /// Where the durable state lies.
+    pub state_dir: PathBuf,
+    /// What is read.
+    pub sources: Vec<SourceConfig>,
+    /// Send what is there now, wait for every receipt, and end.
+    pub once: bool,
+    /// Where one JSON line per line sent goes.
+    pub receipts: Option<ReceiptsTarget>,
+    /// Compress frames with zstd where the receiver can.
+    pub compress: bool,
+    /// Close a connection that was idle for so long; `None` keeps it.
+    pub idle_close: Option<Duration>,
+    /// How long a stop waits for outstanding receipts.
+    pub drain_timeout: Duration,
+    /// Budget of the spool in bytes; full means that sockets are not read.
+    pub spool_bytes_max: u64,
+    /// Budget for copies of deleted files in bytes; beyond it a deleted file is a reported loss.
+    pub kept_bytes_max: u64,
+    /// Show a progress bar (only with `once`, on a terminal).
+    pub progress: bool,
+}
+
+/// One `[[source]]`.
+#[derive(Clone, PartialEq, Debug)]
+pub struct SourceConfig {
+    /// Unique among the sources; part of a row.
+    pub name: String,
+    /// Where its bytes come from.
+    pub input: Input,
+    /// Part of the index name.
+    pub type_name: TypeName,
+    /// Copied into each document.
+    pub tags: Vec<String>,
+    /// Copied into each document.
+    pub labels: BTreeMap<String, String>,
+    /// How lines are parsed by the receiver.
+    pub format: Format,
+    /// Zone of timestamps that name none: an IANA name, checked.
+    pub timezone: String,
+    /// Where files that are present at the source's first run start.
+    pub start: Start,
+    /// Follow symbolic links (refused by default).
+    pub follow_symlinks: bool,
+}
+
+/// Where a source's bytes come from.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Input {
+    /// A path or a glob pattern, absolute.
+    Files {
+        /// As glob(7) has it; `**` crosses folders.
+        pattern: String,
+    },
+    /// Standard input, through the spool.
+    Stdin,
+    /// A Unix datagram socket that this process binds, one record per datagram.
+    UnixDatagram {
+        /// Absolute path of the socket.
+        path: PathBuf,
+        /// Permission bits of the socket file.
+        mode: u32,
+    },
+    /// A Unix stream socket that this process binds, newline or octet-counted (RFC 6587 §3.4).
+    UnixStream {
+        /// Absolute path of the socket.
+        path: PathBuf,
+        /// Permission bits of the socket file.
+        mode: u32,
+    },
+}
+
+/// Where files that are present at a source's first run start.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Start {
+    /// At their first byte.
+    #[default]
+    Beginning,
+    /// At their end; what is passed over is logged.
+    End,
+}
+
+/// Where receipts are written.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum ReceiptsTarget {
+    /// Standard output.
+    Stdout,
+    /// Appended to a file.
+    File(PathBuf),
+}
+
+/// A receiver's address.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Endpoint {
+    /// As typed, for messages.
+    pub url: String,
+    /// `wss` (true) or `ws` (false, allowed on loopback and Unix sockets only).
+    pub tls: bool,
+    /// Where to connect.
+    pub address: EndpointAddress,
+    /// Value of the `Host` header, and name on the certificate.
+    pub host: String,
+    /// Path and query of the request, starting with `/`.
+    pub path: String,
+}
+
+/// Where a connection goes.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum EndpointAddress {
+    /// Name or IP address and port; resolved anew at each connection.
+    Tcp {
+        /// Name or IP address without brackets.
+        host: String,
+        /// TCP port.
+        port: u16,
+    },
+    /// `ws+unix:/path/of.sock`.
+    Unix(PathBuf),
+}
+
+/// What `waybill receive` does.
+#[derive(Clone, Debug)]
+pub struct ReceiveConfig {
+    /// Where it listens.
+    pub listen: Listen,
+    /// Certificate chain and key, both PEM; `None` means plain WebSocket.
+    pub tls: Option<ServerTls>,
+    /// The tokens file; read anew whenever it changes.
+    pub tokens: PathBuf,
+    /// Where documents go.
+    pub destination: DestinationConfig,
+    /// How indices are named.
+    pub rule: IndexRule,
+    /// Rules of the past whose rows are still accepted.
+    pub former_rules: Vec<IndexRule>,
+    /// Oldest and newest day accepted, relative to today: -400 and 2.
+    pub days: (i32, i32),
+    /// Uncompressed bytes that one connection may have without a receipt.
+    pub credit: u64,
+    /// Bytes of frames that the whole receiver holds.
+    pub memory_bytes_max: u64,
+    /// How long a stop waits for what is under way.
+    pub drain_timeout: Duration,
+}
+
+/// Where a receiver listens.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Listen {
+    /// A TCP address.
+    Tcp(SocketAddr),
+    /// A Unix socket; the path, without `unix:`.
+    Unix(PathBuf),
+}
+
+/// A server's certificate and key.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ServerTls {
+    /// PEM file with the chain.
+    pub certificate: PathBuf,
+    /// PEM file with the key.
+    pub key: PathBuf,
+}
+
+/// Where documents go.
+#[derive(Clone, Debug)]
+pub enum DestinationConfig {
+    /// One or more URLs of the same cluster.
+    Elasticsearch(ElasticsearchConfig),
+    /// The embedded store.
+    Embedded(EmbeddedConfig),
+}
+
+/// How Elasticsearch is reached.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ElasticsearchConfig {
+    /// Base URLs, tried in order, one after another on failure.
+    pub urls: Vec<String>,
+    /// How requests are authenticated.
+    pub auth: ElasticsearchAuth,
+    /// PEM file of the authorities to trust instead of the machine's own.
+    pub ca: Option<PathBuf>,
+    /// Largest bulk body to start with, in bytes.
+    pub batch_bytes_max: usize,
+    /// Bulk requests in flight.
+    pub requests: usize,
+    /// Index of parked lines.
+    pub dead_letter_index: String,
+}
+
+/// How requests to Elasticsearch are authenticated; secrets stay in files.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub enum ElasticsearchAuth {
+    /// Not at all.
+    #[default]
+    None,
+    /// File with `id:key` or its base64: `Authorization: ApiKey`.
+    ApiKey(PathBuf),
+    /// File whose first line is `user:password`: `Authorization: Basic`.
+    Basic(PathBuf),
+}
+
+/// The embedded store.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct EmbeddedConfig {
+    /// The SQLite file; its folder is made where missing.
+    pub file: PathBuf,
+    /// Lines older than so many days are deleted.
+    pub keep_days: Option<u32>,
+    /// Oldest lines are deleted until the store is at most so large, in bytes.
+    pub keep_bytes: Option<u64>,
+}

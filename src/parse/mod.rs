@@ -1,0 +1,5 @@
+//! One record's bytes to one document, written straight into the bulk body.
+
+mod segment;
+
+pub use segment::{Form, FrameTimes, Segment};

@@ -1,0 +1,1 @@
+//! Transport to destination: authentication, sessions, receipts back.

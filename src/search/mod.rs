@@ -1,0 +1,1 @@
+//! Queries of `waybill search`, for the embedded store and for Elasticsearch alike.

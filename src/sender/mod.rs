@@ -1,0 +1,1 @@
+//! Streams to transport, receipts to positions.

@@ -1,0 +1,1 @@
+//! One cancellation token and a drain deadline for the whole process.

@@ -1,0 +1,1 @@
+//! What arrived on a socket and awaits a receipt: append, sync, recover.

@@ -1,0 +1,1 @@
+//! The sender's durable memory: segment rows and receipted positions.

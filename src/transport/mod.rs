@@ -1,0 +1,1 @@
+//! WebSocket over TLS: connect, listen, close. Only this module knows tungstenite.
