@@ -1,1 +1,3 @@
 //! Streams to transport, receipts to positions.
+
+mod window;
