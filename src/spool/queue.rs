@@ -21,7 +21,6 @@ const GROUP_DELAY: Duration = Duration::from_millis(10);
 #[derive(Debug, Default)]
 pub(super) struct Group {
     pub bytes: Vec<u8>,
-    pub records: u64,
     /// The segment ends behind this group.
     pub ends_segment: bool,
 }
@@ -35,7 +34,9 @@ pub(super) struct Queue {
 
 #[derive(Debug, Default)]
 struct Pending {
-    group: Group,
+    bytes: Vec<u8>,
+    /// The segment ends behind so many of `bytes`.
+    segment_end: Option<usize>,
     /// Bytes ever appended.
     appended: u64,
     closed: bool,
@@ -51,13 +52,12 @@ impl Queue {
     ) -> bool {
         let (time_ms, key, payload) = record;
         let mut pending = self.lock();
-        if bounded && pending.group.bytes.len() >= QUEUE_BYTES_MAX || !admit() {
+        if bounded && pending.bytes.len() >= QUEUE_BYTES_MAX || !admit() {
             return false;
         }
-        let before = pending.group.bytes.len();
-        encode_spool_record(&mut pending.group.bytes, time_ms, key, payload);
-        let after = pending.group.bytes.len();
-        pending.group.records += 1;
+        let before = pending.bytes.len();
+        encode_spool_record(&mut pending.bytes, time_ms, key, payload);
+        let after = pending.bytes.len();
         pending.appended += (after - before) as u64;
         // The writer sleeps only before a group's first record and while it lingers for a full one.
         if before == 0 || (before < GROUP_BYTES && after >= GROUP_BYTES) {
@@ -67,7 +67,7 @@ impl Queue {
     }
 
     pub fn is_full(&self) -> bool {
-        self.lock().group.bytes.len() >= QUEUE_BYTES_MAX
+        self.lock().bytes.len() >= QUEUE_BYTES_MAX
     }
 
     pub fn appended(&self) -> u64 {
@@ -75,7 +75,9 @@ impl Queue {
     }
 
     pub fn end_segment(&self) {
-        self.lock().group.ends_segment = true;
+        let mut pending = self.lock();
+        pending.segment_end = Some(pending.bytes.len());
+        drop(pending);
         self.work.notify_all();
     }
 
@@ -88,16 +90,14 @@ impl Queue {
     /// fill next.
     pub fn take(&self, spare: Vec<u8>) -> Option<Group> {
         let mut pending = self.lock();
-        while pending.group.bytes.is_empty() && !pending.group.ends_segment {
+        while pending.bytes.is_empty() && pending.segment_end.is_none() {
             if pending.closed {
                 return None;
             }
             pending = self.work.wait(pending).unwrap_or_else(PoisonError::into_inner);
         }
         let deadline = Instant::now() + GROUP_DELAY;
-        while pending.group.bytes.len() < GROUP_BYTES
-            && !pending.group.ends_segment
-            && !pending.closed
+        while pending.bytes.len() < GROUP_BYTES && pending.segment_end.is_none() && !pending.closed
         {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -106,11 +106,15 @@ impl Queue {
             let waited = self.work.wait_timeout(pending, left);
             pending = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
-        let next = Group { bytes: spare, ..Group::default() };
-        let group = std::mem::replace(&mut pending.group, next);
+        let mut bytes = std::mem::replace(&mut pending.bytes, spare);
+        let segment_end = pending.segment_end.take();
+        if let Some(end) = segment_end {
+            pending.bytes.extend_from_slice(&bytes[end..]);
+            bytes.truncate(end);
+        }
         drop(pending);
         self.room.notify_waiters();
-        Some(group)
+        Some(Group { bytes, ends_segment: segment_end.is_some() })
     }
 
     /// Waits before another attempt; `false` as soon as the queue is closed.

@@ -58,9 +58,9 @@ impl Writer {
         while let Some(group) = self.shared.queue.take(spare) {
             if !self.commit_patiently(&group.bytes) {
                 tracing::error!(
-                    dir = %escape_path(&self.shared.dir), records = group.records,
-                    bytes = group.bytes.len(),
-                    "spool: stopped while its disk refuses writes: these records are lost",
+                    dir = %escape_path(&self.shared.dir),
+                    bytes = self.shared.queue.appended() - self.shared.watermark.borrow().synced,
+                    "spool: stopped while its disk refuses writes: these bytes of records are lost",
                 );
                 break;
             }
