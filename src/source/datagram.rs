@@ -16,7 +16,7 @@ use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
-use super::socket::{BindError, Intake, SocketFile};
+use super::socket::{BindError, Intake, SocketFile, SourceError};
 use crate::record::escape_path;
 use crate::spool::{Spool, SpoolError, Throttle};
 
@@ -52,12 +52,12 @@ impl DatagramSource {
     ///
     /// # Errors
     ///
-    /// Where the spool closes before all is synced.
+    /// Where the socket cannot be read, or the spool closes before all is synced.
     pub async fn run(
         self,
         spool: Arc<Spool>,
         shutdown: CancellationToken,
-    ) -> Result<(), SpoolError> {
+    ) -> Result<(), SourceError> {
         // Dropping this future stops the thread too.
         let stop = Stop { socket: self.socket.clone(), token: shutdown.child_token() };
         let drain = Drain {
@@ -71,21 +71,22 @@ impl DatagramSource {
         let (done, ended) = oneshot::channel();
         let builder = thread::Builder::new().name("datagram".to_owned());
         let thread = builder.spawn(move || {
-            drain.run();
             // Nobody waits for it where the future was dropped.
-            let _ = done.send(());
+            let _ = done.send(drain.run());
         });
         thread.map_err(SpoolError::Thread)?;
         tokio::pin!(ended);
-        tokio::select! {
+        let end = tokio::select! {
+            end = &mut ended => end,
             () = shutdown.cancelled() => {
                 drop(stop);
-                let _ = ended.await;
+                ended.await
             }
-            _ = &mut ended => {}
-        }
+        };
         self.file.unlink();
-        spool.flush().await
+        spool.flush().await?;
+        end.unwrap_or_else(|_| Err(io::Error::other("the draining thread panicked")))
+            .map_err(|source| SourceError::Read { from: escape_path(self.file.path()), source })
     }
 }
 
@@ -114,16 +115,13 @@ struct Drain {
 }
 
 impl Drain {
-    fn run(&self) {
+    fn run(&self) -> io::Result<()> {
         let mut buffer = vec![0; DATAGRAM_BYTES_MAX];
         let mut stopping = false;
         loop {
             if !stopping && self.intake.shutdown.is_cancelled() {
                 stopping = true;
-                if let Err(error) = self.socket.set_nonblocking(true) {
-                    tracing::warn!(socket = %self.path, %error, "cannot drain the socket's queue");
-                    return;
-                }
+                self.socket.set_nonblocking(true)?;
             }
             if !stopping && self.runtime.block_on(self.intake.room()) {
                 self.note_wait();
@@ -133,11 +131,8 @@ impl Drain {
                 Ok((taken, length)) => self.spool(&buffer[..taken], length),
                 Err(error) => match io::Error::from(error) {
                     error if error.kind() == io::ErrorKind::Interrupted => {}
-                    error if stopping && error.kind() == io::ErrorKind::WouldBlock => return,
-                    error => {
-                        tracing::error!(socket = %self.path, %error, "cannot read the socket");
-                        return;
-                    }
+                    error if stopping && error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                    error => return Err(error),
                 },
             }
         }
@@ -184,7 +179,7 @@ mod tests {
         path: std::path::PathBuf,
         spool: Arc<Spool>,
         shutdown: CancellationToken,
-        task: tokio::task::JoinHandle<Result<(), SpoolError>>,
+        task: tokio::task::JoinHandle<Result<(), SourceError>>,
     }
 
     fn start(budget: u64) -> Running {

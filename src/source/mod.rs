@@ -6,4 +6,4 @@ mod socket;
 pub mod stdin;
 pub mod stream;
 
-pub use socket::BindError;
+pub use socket::{BindError, SourceError};

@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use tokio_util::sync::CancellationToken;
 
 use crate::record::{RECORD_BYTES_MAX, escape_path};
-use crate::spool::Spool;
+use crate::spool::{Spool, SpoolError};
 
 /// The longest socket path, in bytes: `sun_path` less its final NUL (unix(7)).
 const PATH_BYTES_MAX: usize = 107;
@@ -62,6 +62,22 @@ impl BindError {
     fn io(path: &Path, source: io::Error) -> BindError {
         BindError::Io { path: escape_path(path), source }
     }
+}
+
+/// Why a source that feeds a spool ended before it was told to.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// The kernel gives no more bytes; what came before is synced.
+    #[error("cannot read {from}")]
+    Read {
+        /// The socket's path, or `standard input`.
+        from: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// The spool closed before all was synced.
+    #[error(transparent)]
+    Spool(#[from] SpoolError),
 }
 
 /// The file of a socket that this process bound.

@@ -14,7 +14,7 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use super::framer::Framer;
-use super::socket::Intake;
+use super::socket::{Intake, SourceError};
 use crate::spool::{Spool, SpoolError};
 
 /// Bytes per read.
@@ -33,17 +33,6 @@ pub enum StdinEnd {
     Finished,
     /// The stop came first.
     Stopped,
-}
-
-/// Why standard input was not read to its end.
-#[derive(Debug, thiserror::Error)]
-pub enum StdinError {
-    /// It is closed or cannot be read.
-    #[error("cannot read standard input")]
-    Read(#[from] io::Error),
-    /// Not all is synced.
-    #[error(transparent)]
-    Spool(#[from] SpoolError),
 }
 
 impl StdinSource {
@@ -66,9 +55,9 @@ impl StdinSource {
         self,
         spool: Arc<Spool>,
         shutdown: CancellationToken,
-    ) -> Result<StdinEnd, StdinError> {
+    ) -> Result<StdinEnd, SourceError> {
         // Its closing, also by dropping this future, wakes the thread.
-        let (woken, wake) = io::pipe()?;
+        let (woken, wake) = io::pipe().map_err(unreadable)?;
         let intake = Intake { spool: spool.clone(), shutdown: shutdown.child_token() };
         let stop = intake.shutdown.clone().drop_guard();
         let runtime = Handle::current();
@@ -90,8 +79,12 @@ impl StdinSource {
         };
         spool.flush().await?;
         end.unwrap_or_else(|_| Err(io::Error::other("the reading thread panicked")))
-            .map_err(StdinError::Read)
+            .map_err(unreadable)
     }
+}
+
+fn unreadable(source: io::Error) -> SourceError {
+    SourceError::Read { from: "standard input".to_owned(), source }
 }
 
 fn read_lines(
@@ -219,6 +212,6 @@ mod tests {
         let dir = TempDir::new().expect("dir");
         let input = File::open(dir.path()).expect("a directory");
         let end = source(input).run(spool(&dir), CancellationToken::new()).await;
-        assert!(matches!(end, Err(StdinError::Read(_))), "{end:?}");
+        assert!(matches!(end, Err(SourceError::Read { .. })), "{end:?}");
     }
 }

@@ -4,7 +4,6 @@
 //! an orderly stop: the stop refuses further writes and then reads what is there. Full means not
 //! reading, which the peer's own flow control sees.
 
-use std::io;
 use std::os::unix::net::UnixListener as StdListener;
 use std::path::Path;
 use std::sync::Arc;
@@ -18,9 +17,9 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::framer::Framer;
-use super::socket::{BindError, Intake, SocketFile};
+use super::socket::{BindError, Intake, SocketFile, SourceError};
 use crate::record::escape_path;
-use crate::spool::{Spool, SpoolError, Throttle};
+use crate::spool::{Spool, Throttle};
 
 /// Connections served at a time, each with at most one longest record in memory; more wait in the
 /// kernel's backlog.
@@ -57,16 +56,17 @@ impl StreamSource {
     ///
     /// # Errors
     ///
-    /// [`io::Error`] inside where the listener cannot be polled; else where the spool closes
-    /// before all is synced.
+    /// Where the listener cannot be polled, or the spool closes before all is synced.
     pub async fn run(
         self,
         spool: Arc<Spool>,
         shutdown: CancellationToken,
-    ) -> Result<(), StreamError> {
-        let listener = UnixListener::from_std(self.listener)?;
+    ) -> Result<(), SourceError> {
+        let path = escape_path(self.file.path());
+        let listener = UnixListener::from_std(self.listener)
+            .map_err(|source| SourceError::Read { from: path.clone(), source })?;
         let server = Server {
-            path: escape_path(self.file.path()),
+            path,
             intake: Intake { spool: spool.clone(), shutdown },
             connections: TaskTracker::new(),
         };
@@ -77,17 +77,6 @@ impl StreamSource {
         server.connections.wait().await;
         Ok(spool.flush().await?)
     }
-}
-
-/// Why a stream socket's task ended badly.
-#[derive(Debug, thiserror::Error)]
-pub enum StreamError {
-    /// The listener cannot be polled.
-    #[error("cannot listen on a stream socket")]
-    Listen(#[from] io::Error),
-    /// Not all is synced.
-    #[error(transparent)]
-    Spool(#[from] SpoolError),
 }
 
 struct Server {
@@ -204,6 +193,8 @@ async fn serve(mut stream: UnixStream, path: &str, intake: &Intake) {
 
 #[cfg(test)]
 pub(super) mod tests {
+    use std::io;
+
     use tempfile::TempDir;
     use tokio::io::AsyncWriteExt;
 
@@ -230,7 +221,7 @@ pub(super) mod tests {
         path: std::path::PathBuf,
         spool: Arc<Spool>,
         shutdown: CancellationToken,
-        task: tokio::task::JoinHandle<Result<(), StreamError>>,
+        task: tokio::task::JoinHandle<Result<(), SourceError>>,
     }
 
     fn start(budget: u64) -> Running {
