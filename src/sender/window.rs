@@ -20,6 +20,8 @@ pub enum Next {
         from: u64,
         /// One past the last byte.
         to: u64,
+        /// What the bytes before `to` were when they were sent first, where `to` ended a frame.
+        fingerprint: Option<Fingerprint>,
     },
     /// Read on from here.
     New {
@@ -41,6 +43,14 @@ struct Span {
     /// The records, where somebody wants to see the receipts.
     records: Bytes,
     continues: bool,
+    /// Data frames that count as outstanding until this span is settled: 1, or 0 for a piece.
+    frames: u32,
+}
+
+impl Span {
+    fn again(&self) -> Next {
+        Next::Again { from: self.from, to: self.to, fingerprint: self.fingerprint }
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -83,6 +93,8 @@ pub struct Counted {
     pub parked: u64,
     /// Bytes whose credit came back: receipted or deferred.
     pub credit: u64,
+    /// Frames that are not outstanding any more.
+    pub frames: u32,
 }
 
 /// See the module.
@@ -144,7 +156,7 @@ impl Window {
             match span.state {
                 SpanState::Unsent => return Next::Again { from: span.from, to: span.to },
                 SpanState::Waiting(until) if until <= now => {
-                    return Next::Again { from: span.from, to: span.to };
+                    return span.again();
                 }
                 _ => {}
             }
@@ -174,6 +186,7 @@ impl Window {
             fingerprint: Some(fingerprint),
             records,
             continues,
+            frames: 1,
         };
         self.frontier = to;
         self.spans.push_back(span);
@@ -184,6 +197,7 @@ impl Window {
         for span in &mut self.spans {
             if span.from == from && span.to == to {
                 span.state = SpanState::Sent;
+                span.frames = 1;
             }
         }
     }
@@ -192,8 +206,8 @@ impl Window {
     pub fn skip(&mut self, to: u64, fingerprint: Option<Fingerprint>) {
         let (from, state) = (self.frontier, SpanState::Done(Vec::new()));
         self.frontier = to;
-        let (records, continues) = (Bytes::new(), false);
-        self.spans.push_back(Span { from, to, state, fingerprint, records, continues });
+        let (records, continues, frames) = (Bytes::new(), false, 0);
+        self.spans.push_back(Span { from, to, state, fingerprint, records, continues, frames });
         self.advance(&mut |_| {});
     }
 
@@ -239,6 +253,7 @@ impl Window {
             }
             fresh = true;
             counted.credit += span.to - span.from;
+            counted.frames += std::mem::take(&mut span.frames);
             span.state = match &run.verdict {
                 Verdict::Deferred { after, .. } => SpanState::Waiting(now + *after),
                 _ => SpanState::Done(vec![run.clone()]),
@@ -270,6 +285,7 @@ impl Window {
         }
         span.to = at;
         span.fingerprint = None;
+        span.frames = 0;
         rest.from = at;
         rest.continues = false;
         self.spans.insert(number + 1, rest);
@@ -352,7 +368,7 @@ mod tests {
         assert_eq!(window.next(now), Next::New { from: 30 });
         let later = now + Duration::from_secs(5);
         assert_eq!(window.next_due(), Some(later));
-        assert_eq!(window.next(later), Next::Again { from: 10, to: 20 });
+        assert_eq!(window.next(later), Next::Again { from: 10, to: 20, fingerprint: None });
         window.sent_again(10, 20);
         assert_eq!(window.next(later), Next::New { from: 30 });
         window.receipt(&receipt(10, &[(20, Verdict::Stored)]), later, &mut |_| {});
@@ -365,9 +381,9 @@ mod tests {
         let mut window = window(&[10, 20, 30]);
         window.receipt(&receipt(10, &[(20, Verdict::Stored)]), now, &mut |_| {});
         window.disconnected();
-        assert_eq!(window.next(now), Next::Again { from: 0, to: 10 });
+        assert_eq!(window.next(now), Next::Again { from: 0, to: 10, fingerprint: Some(mark(10)) });
         window.sent_again(0, 10);
-        assert_eq!(window.next(now), Next::Again { from: 20, to: 30 });
+        assert_eq!(window.next(now), Next::Again { from: 20, to: 30, fingerprint: Some(mark(30)) });
         window.sent_again(20, 30);
         assert_eq!(window.next(now), Next::New { from: 30 });
     }

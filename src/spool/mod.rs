@@ -237,7 +237,8 @@ impl Spool {
         self.when_room(|| !self.shared.queue.is_full() && !self.shared.budget.is_full()).await;
     }
 
-    /// Waits until all that was appended before this call is synced.
+    /// Waits until all that was appended before this call is synced: as long as the disk refuses
+    /// writes, unless the spool is closed meanwhile. Dropping the future changes nothing.
     ///
     /// # Errors
     ///
@@ -321,7 +322,10 @@ impl Spool {
     }
 
     async fn when_room(&self, mut attempt: impl FnMut() -> bool) {
-        let mut waited = false;
+        if attempt() {
+            return;
+        }
+        self.note_full();
         loop {
             let room = self.shared.queue.room.notified();
             let freed = self.shared.budget.freed.notified();
@@ -331,10 +335,6 @@ impl Spool {
             freed.as_mut().enable();
             if attempt() {
                 return;
-            }
-            if !waited {
-                waited = true;
-                self.note_full();
             }
             tokio::select! {
                 () = room => {}
@@ -384,7 +384,7 @@ fn record_bytes(key: &[u8], payload: &[u8]) -> u64 {
 fn read_records(file: &File, at: u64, length: u64, limit: usize) -> io::Result<Chunk> {
     let rest = usize::try_from(length - at).unwrap_or(usize::MAX);
     let mut bytes = Vec::new();
-    let mut size = limit.clamp(SPOOL_HEADER_BYTES, files::WHOLE_RECORD_BYTES_MAX.max(limit));
+    let mut size = limit.max(SPOOL_HEADER_BYTES);
     loop {
         bytes.resize(size.min(rest), 0);
         file.read_exact_at(&mut bytes, at)?;

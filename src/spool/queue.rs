@@ -9,7 +9,7 @@ use crate::record::framing::encode_spool_record;
 
 /// Bytes that wait for the writer before a source has to wait; as much again may be in the
 /// writer's hands.
-pub(super) const QUEUE_BYTES_MAX: usize = 4 << 20;
+pub(super) const QUEUE_BYTES_MAX: usize = 2 << 20;
 
 /// A group of this many bytes is written without lingering.
 const GROUP_BYTES: usize = 1 << 20;

@@ -376,6 +376,21 @@ fn a_full_device_keeps_what_was_accepted() {
     assert_eq!(read_all(&spool).0, [&b"before"[..], b"waits"]);
 }
 
+/// I9: a stop does not wait for ever for a disk, and tells what it lost.
+#[tokio::test]
+async fn a_stop_on_a_full_device_tells_what_is_lost() {
+    let dir = TempDir::new().expect("dir");
+    let (spool, mut writer) = bare(dir.path());
+    writer.open_file().expect("file");
+    writer.replace_file(Path::new("/dev/full"));
+    spool.append_last(0, b"", b"one");
+    spool.append_last(0, b"", b"two");
+    spool.close();
+    writer.run();
+    let lost = spool.flush().await.expect_err("not written");
+    assert!(matches!(lost, SpoolError::Lost { bytes: 42 }), "{lost}");
+}
+
 /// A tmpfs of 1 MiB, unmounted on drop.
 struct SmallDisk(TempDir);
 

@@ -60,7 +60,7 @@ impl Writer {
                 tracing::error!(
                     dir = %escape_path(&self.shared.dir),
                     bytes = self.shared.queue.appended() - self.shared.watermark.borrow().synced,
-                    "spool: stopped while its disk refuses writes: these bytes of records are lost",
+                    "spool: stopped while its disk refuses writes: not all of these bytes are kept",
                 );
                 break;
             }

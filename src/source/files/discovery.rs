@@ -48,7 +48,9 @@ pub struct Hints {
 impl Hints {
     /// Without inotify (a limit is reached), sweeping alone has to do.
     pub fn new() -> Hints {
-        let inotify = Inotify::init().and_then(AsyncFd::register);
+        // SAFETY: `Inotify` owns its descriptor and gives out the same one for as long as it lives.
+        let register = |inotify| unsafe { AsyncFd::register(inotify) }.map_err(io::Error::from);
+        let inotify = Inotify::init().and_then(register);
         let inotify = inotify
             .inspect_err(|error| debug!(%error, "no inotify: files are polled each second"))
             .ok();
