@@ -307,7 +307,7 @@ A query is words, all of which must be there; \"a phrase\" in quotes; and field:
 
 Examples:
   waybill search error --store store.sqlite
-  waybill search '\"connection refused\" host.name:web-1' --since 2h
+  waybill search '\"connection refused\" host.name:web-1' --after 2h
   waybill search http.response.status_code:502 --elasticsearch http://127.0.0.1:9200 --json")]
 pub struct Search {
     /// Words, a \"phrase\", field:value; nothing finds every line
@@ -322,14 +322,14 @@ pub struct Search {
     /// Indices to search in Elasticsearch: the receiver's index pattern
     #[arg(long, value_name = "PATTERN", value_parser = value::index_rule, default_value = crate::record::DEFAULT_RULE, help_heading = "Elasticsearch")]
     pub index: IndexRule,
-    /// Oldest time: 2026-11-21T10:00:00Z, 2026-11-21, or back from now, such as 2h
+    /// Lines at this time or later: 2026-11-21T10:00:00Z, 2026-11-21, or 2h for two hours ago
     #[arg(long, value_name = "TIME")]
-    pub since: Option<String>,
-    /// Newest time, in the same forms
+    pub after: Option<String>,
+    /// Lines before this time, in the same forms
     #[arg(long, value_name = "TIME")]
-    pub until: Option<String>,
+    pub before: Option<String>,
     /// Most lines to show, the newest
-    #[arg(long, value_name = "N", default_value_t = 50)]
+    #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
     pub limit: u32,
     /// One whole JSON document per line
     #[arg(long)]
