@@ -1,1 +1,3 @@
-//! One file per subcommand: build parts, run, drain.
+//! One file per subcommand.
+
+pub mod token;

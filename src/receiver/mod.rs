@@ -1,1 +1,2 @@
-//! Transport to destination: authentication, sessions, receipts back.
+//! Receiver.
+pub mod tokens;
