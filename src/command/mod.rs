@@ -1,1 +1,3 @@
 //! One file per subcommand: build parts, run, drain.
+
+pub mod search;
