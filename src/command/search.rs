@@ -26,7 +26,7 @@ pub enum Outcome {
 /// the response. A [`crate::search::QueryError`] is a usage error; everything else is a failure.
 pub async fn run(
     args: SearchArgs,
-    ask: impl AsyncFnOnce(&ElasticsearchConfig, &str, &Value) -> anyhow::Result<Value>,
+    ask: impl AsyncFnOnce(&ElasticsearchConfig, &str, Value) -> anyhow::Result<Value>,
 ) -> anyhow::Result<Outcome> {
     let query = Query::new(&args, Timestamp::now())?;
     let answer = match args.target {
@@ -37,7 +37,7 @@ pub async fn run(
         }
         SearchTarget::Elasticsearch { config, index } => {
             let body = to_elasticsearch(&query)?;
-            from_elasticsearch(&ask(&config, &index, &body).await?)?
+            from_elasticsearch(&ask(&config, &index, body).await?)?
         }
     };
     match print(&answer, args.json) {

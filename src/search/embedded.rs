@@ -126,24 +126,22 @@ impl Selection {
         }
     }
 
-    /// Strings equal as text, numbers as numbers. Both the nested and the
-    /// dotted spelling of a name are looked for; a list matches by any of its elements.
+    /// Strings equal as text, numbers as numbers; a list matches by any of its elements.
     fn field(&mut self, negated: bool, name: &str, value: &str) {
-        let nested: String = name.split('.').map(|part| format!(".\"{part}\"")).collect();
-        let paths = [format!("${nested}"), format!("$.\"{name}\"")];
+        let path: String = name.split('.').map(|part| format!(".\"{part}\"")).collect();
         let text = Value::Text(value.to_owned());
         let number = match value.parse::<f64>() {
             Ok(number) if number.is_finite() => Value::Real(number),
             _ => Value::Null,
         };
         // Booleans are the numbers 1 and 0 as atoms, and `true` and `false` as types.
-        let one = "EXISTS (SELECT 1 FROM json_each(lines.document, ?) WHERE CASE \
-                   WHEN type IN ('true', 'false') THEN type = ? \
-                   WHEN type = 'text' THEN atom = ? ELSE atom = ? END)";
-        let parameters = paths
-            .into_iter()
-            .flat_map(|path| [Value::Text(path), text.clone(), text.clone(), number.clone()]);
-        self.and(negated, &format!("{one} OR {one}"), parameters);
+        self.and(
+            negated,
+            "EXISTS (SELECT 1 FROM json_each(lines.document, ?) WHERE CASE \
+             WHEN type IN ('true', 'false') THEN type = ? \
+             WHEN type = 'text' THEN atom = ? ELSE atom = ? END)",
+            [Value::Text(format!("${path}")), text.clone(), text, number],
+        );
     }
 }
 
@@ -177,4 +175,147 @@ fn words(query: &Query) -> Option<Words> {
 /// would end the expression; for the tokenizer it separates words as a space does.
 fn fts_string(text: &str) -> String {
     format!("\"{}\"", text.replace('\0', " ").replace('"', "\"\""))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+    use tempfile::TempDir;
+
+    use crate::destination::embedded::tests::store_documents;
+
+    use super::super::query::parse;
+    use super::*;
+
+    /// A store of these lines, a second apart from 2026-11-21T00:00:00Z; the folder keeps it alive.
+    fn store(lines: &[(&str, serde_json::Value)]) -> (TempDir, Connection) {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("store");
+        let documents = lines.iter().enumerate().map(|(second, (line, document))| {
+            let mut document = document.clone();
+            document["@timestamp"] = json!(format!("2026-11-21T00:00:{second:02}.000Z"));
+            (line.as_bytes().to_vec(), document.to_string())
+        });
+        store_documents(&path, documents);
+        let connection = open_reader(&path).expect("a store");
+        (folder, connection)
+    }
+
+    fn everything(text: &str) -> Query {
+        let terms = parse(text).expect(text);
+        Query { terms, after: None, before: None, limit: 100 }
+    }
+
+    /// The `n` of each document found.
+    fn found(connection: &mut Connection, query: &Query) -> Vec<i64> {
+        let answer = run(connection, query).expect("a search");
+        assert_eq!(answer.total, answer.hits.len() as u64);
+        let number = |hit: &Hit| {
+            let document: serde_json::Value = serde_json::from_str(&hit.document).expect("JSON");
+            document["n"].as_i64().expect("a number")
+        };
+        answer.hits.iter().map(number).collect()
+    }
+
+    fn four_lines() -> (TempDir, Connection) {
+        store(&[
+            ("alpha beta gamma", json!({"n": 0, "host": {"name": "web1"}, "tags": ["a", "b"]})),
+            ("Alpha gamma beta", json!({"n": 1, "http": {"response": {"status_code": 404}}})),
+            ("delta 10.0.0.1", json!({"n": 2, "json": {"ok": true, "code": "404", "half": 0.5}})),
+            ("alpha; DROP TABLE lines", json!({"n": 3, "host": {"name": "web2"}, "tags": "b"})),
+        ])
+    }
+
+    #[test]
+    fn every_kind_of_term_selects_its_lines() {
+        let (_folder, mut store) = four_lines();
+        for (query, expected) in [
+            ("", &[0, 1, 2, 3][..]),
+            ("ALPHA", &[0, 1, 3]),
+            ("alpha beta", &[0, 1]),
+            ("\"alpha beta\"", &[0]),
+            ("10.0.0.1", &[2]),
+            ("alpha -gamma", &[3]),
+            ("-alpha", &[2]),
+            ("-alpha -delta", &[]),
+            ("host.name:web1", &[0]),
+            ("-host.name:web1", &[1, 2, 3]),
+            ("http.response.status_code:404", &[1]),
+            ("json.code:404", &[2]),
+            ("json.ok:true", &[2]),
+            ("json.ok:1", &[]),
+            ("json.half:0.50", &[2]),
+            ("tags:b", &[0, 3]),
+            ("alpha tags:b -host.name:web2", &[0]),
+            ("_index:test", &[0, 1, 2, 3]),
+            ("-_index:test", &[]),
+            ("_id:nonsense", &[]),
+            ("-_id:nonsense", &[0, 1, 2, 3]),
+            ("message:delta", &[2]),
+        ] {
+            assert_eq!(found(&mut store, &everything(query)), expected, "{query}");
+        }
+        let hits = run(&mut store, &everything("delta")).expect("a search").hits;
+        assert_eq!(found(&mut store, &everything(&format!("_id:{}", hits[0].id))), [2]);
+    }
+
+    #[test]
+    fn time_and_limit_keep_the_newest() {
+        let (_folder, mut store) = four_lines();
+        let time = |text: &str| Some(text.parse().expect("a time"));
+        let query = Query { after: time("2026-11-21T00:00:01Z"), ..everything("") };
+        assert_eq!(found(&mut store, &query), [1, 2, 3]);
+        let query = Query { before: time("2026-11-21T00:00:03Z"), ..query };
+        assert_eq!(found(&mut store, &query), [1, 2]);
+        let query = Query { limit: 2, ..everything("alpha") };
+        let answer = run(&mut store, &query).expect("a search");
+        assert_eq!((answer.hits.len(), answer.total, answer.total_is_exact), (2, 3, true));
+        assert!(answer.hits[1].document.contains("web2"), "the newest is last");
+    }
+
+    #[test]
+    fn what_looks_like_syntax_is_only_text() {
+        let (_folder, mut store) = four_lines();
+        for (query, expected) in [
+            ("\"alpha; DROP TABLE lines\"", &[3][..]),
+            ("\"alpha\\\" OR \\\"delta\"", &[]),
+            ("\"line: alpha\"", &[]),
+            ("alpha* NEAR", &[]),
+            ("\"NEAR(alpha beta)\"", &[]),
+            ("host.name:\"' OR 1=1 --\"", &[]),
+            ("_index:\"x') OR 1=1 --\"", &[]),
+        ] {
+            assert_eq!(found(&mut store, &everything(query)), expected, "{query}");
+        }
+    }
+
+    proptest! {
+        // Each case makes a store.
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
+        #[test]
+        fn no_text_breaks_a_statement(text in any::<String>()) {
+            let (_folder, mut store) = store(&[("x", json!({"n": 0}))]);
+            for matcher in [
+                Matcher::Words(text.clone()),
+                Matcher::Id(text.clone()),
+                Matcher::Index(text.clone()),
+                Matcher::Field { name: "json.a".to_owned(), value: text },
+            ] {
+                for negated in [false, true] {
+                    let terms = vec![super::super::query::Term { negated, matcher: matcher.clone() }];
+                    let query = Query { terms, after: None, before: None, limit: 1 };
+                    run(&mut store, &query).expect("a search");
+                }
+            }
+        }
+
+        #[test]
+        fn a_line_is_found_by_its_own_text(text in "[a-z]{1,8}[-\":*()^\\\\ .a-z0-9]{0,30}") {
+            let (_folder, mut store) = store(&[(&text, json!({"n": 0})), ("?", json!({"n": 1}))]);
+            let quoted = text.replace('\\', "\\\\").replace('"', "\\\"");
+            prop_assert_eq!(found(&mut store, &everything(&format!("\"{quoted}\""))), [0]);
+        }
+    }
 }

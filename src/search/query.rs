@@ -7,10 +7,11 @@
 //!
 //! Every part must match; a part with `-` must not. Words are whole words, without regard to case;
 //! a word with punctuation inside (`10.0.0.1`) is the phrase of its parts. There are no wildcards.
+//! The embedded store looks for words in the whole line as it came, Elasticsearch in `message`.
 
 use std::str::Chars;
 
-use jiff::civil::{Date, DateTime};
+use jiff::civil::DateTime;
 use jiff::tz::TimeZone;
 use jiff::{SignedDuration, Timestamp};
 use thiserror::Error;
@@ -24,8 +25,11 @@ const TERMS_MAX: usize = 64;
 const QUERY_BYTES_MAX: usize = 16 << 10;
 
 /// First parts of the field names that documents have: ECS, then ours.
-const FIELD_ROOTS: [&str; 21] = [
+const FIELD_ROOTS: [&str; 24] = [
+    "agent",
     "client",
+    "cloud",
+    "container",
     "destination",
     "ecs",
     "error",
@@ -36,12 +40,12 @@ const FIELD_ROOTS: [&str; 21] = [
     "labels",
     "log",
     "network",
-    "nginx",
     "process",
     "server",
     "service",
     "source",
     "tls",
+    "trace",
     "url",
     "user",
     "user_agent",
@@ -275,9 +279,6 @@ fn parse_time(text: &str, now: Timestamp) -> Result<Timestamp, QueryError> {
     ago(text)
         .and_then(|ago| now.checked_sub(ago).ok())
         .or_else(|| text.parse::<Timestamp>().ok())
-        .or_else(|| {
-            text.parse::<Date>().ok().and_then(|date| utc(date.to_datetime(Default::default())))
-        })
         .or_else(|| text.parse::<DateTime>().ok().and_then(utc))
         .ok_or_else(|| QueryError::BadTime(text.to_owned()))
 }

@@ -15,20 +15,20 @@ const DIM: &str = "\x1b[2m";
 const BOLD: &str = "\x1b[1m";
 const PLAIN: &str = "\x1b[0m";
 
-/// Writes one line per hit: `TIME HOST PATH:OFFSET message`, with colours; give a stream that
+/// Writes one line per hit: `TIME HOST PATH:OFFSET message`, `-` for what is not known, with colours; give a stream that
 /// takes them away where it is no terminal.
 pub fn write_lines(hits: &[Hit], out: &mut impl Write) -> io::Result<()> {
     for hit in hits {
         // A document that is no JSON is shown as it is.
         let document = serde_json::from_str(&hit.document)
             .unwrap_or_else(|_| serde_json::json!({ "message": hit.document }));
-        let text = |name: &str| escape(&field(&document, name)).into_owned();
+        let text = |name: &str| match field(&document, name) {
+            absent if absent.is_empty() => "-".to_owned(),
+            text => escape(&text).into_owned(),
+        };
         let (time, host) = (text("@timestamp"), text("host.name"));
         let (path, offset) = (text("log.file.path"), text("log.offset"));
-        let message = match text("message") {
-            empty if empty.is_empty() => text("event.original"),
-            message => message,
-        };
+        let message = text("message");
         writeln!(
             out,
             "{DIM}{time}{PLAIN} {BOLD}{host}{PLAIN} {DIM}{path}:{offset}{PLAIN} {message}"
@@ -75,22 +75,13 @@ pub fn summary(answer: &Answer) -> String {
     }
 }
 
-/// A field's text, whether its name is nested or dotted; empty where there is none.
+/// A field's text; empty where there is none.
 fn field<'v>(document: &'v Value, name: &str) -> Cow<'v, str> {
-    match find(document, name) {
+    match name.split('.').try_fold(document, |value, part| value.get(part)) {
         Some(Value::String(text)) => Cow::Borrowed(text),
         Some(Value::Null) | None => Cow::Borrowed(""),
         Some(other) => Cow::Owned(other.to_string()),
     }
-}
-
-/// Finds `a.b.c` as `{"a":{"b":{"c":…}}}`, `{"a.b.c":…}` or anything in between.
-fn find<'v>(value: &'v Value, name: &str) -> Option<&'v Value> {
-    let object = value.as_object()?;
-    object.get(name).or_else(|| {
-        name.match_indices('.')
-            .find_map(|(dot, _)| find(object.get(&name[..dot])?, &name[dot + 1..]))
-    })
 }
 
 /// Text that a terminal only shows: newlines and tabs as `\n` and `\t`, other characters that act
@@ -161,17 +152,17 @@ mod tests {
     }
 
     #[test]
-    fn nested_and_dotted_documents_read_alike() {
-        let nested = r#"{"@timestamp":"T","message":"m","host":{"name":"h"},"log":{"file":{"path":"/p"},"offset":7}}"#;
-        let dotted = r#"{"@timestamp":"T","message":"m","host.name":"h","log":{"file.path":"/p"},"log.offset":7}"#;
-        assert_eq!(lines(nested), "T h /p:7 m\n");
-        assert_eq!(lines(dotted), "T h /p:7 m\n");
+    fn a_line_reads_time_host_place_message() {
+        let document = r#"{"@timestamp":"T","message":"m","host":{"name":"h"},"log":{"file":{"path":"/p"},"offset":7}}"#;
+        assert_eq!(lines(document), "T h /p:7 m\n");
+        assert_eq!(lines(r#"{"log":{"offset":0}}"#), "- - -:0 -\n");
+        assert_eq!(lines("no JSON"), "- - -:- no JSON\n");
     }
 
     #[test]
     fn a_logged_escape_sequence_does_not_reach_the_terminal() {
         let document =
-            "{\"message\":\"\\u001b[2J\u{9b}31m\u{7f}\u{202e}\",\"host.name\":\"\\u0007\"}";
+            "{\"message\":\"\\u001b[2J\u{9b}31m\u{7f}\u{202e}\",\"host\":{\"name\":\"\\u0007\"}}";
         let mut out = Vec::new();
         write_lines(&[hit(document)], &mut out).expect("memory is no device");
         let text = String::from_utf8(out).expect("text");
@@ -211,7 +202,7 @@ mod tests {
     proptest! {
         #[test]
         fn whatever_was_logged_is_one_line(text in any::<String>()) {
-            let document = serde_json::json!({ "message": text, "host.name": text }).to_string();
+            let document = serde_json::json!({ "message": text, "host": { "name": text } }).to_string();
             prop_assert_eq!(lines(&document).matches('\n').count(), 1);
             let line = json(&document);
             prop_assert_eq!(line.matches('\n').count(), 1);
