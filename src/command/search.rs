@@ -61,3 +61,58 @@ fn print(answer: &Answer, json: bool) -> io::Result<()> {
     }
     writeln!(anstream::stderr(), "{}", render::summary(answer))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use serde_json::json;
+
+    use crate::config::ElasticsearchAuth;
+    use crate::destination::embedded::StoreError;
+    use crate::search::QueryError;
+
+    use super::*;
+
+    fn args(query: &str, target: SearchTarget) -> SearchArgs {
+        SearchArgs {
+            query: query.to_owned(),
+            after: None,
+            before: None,
+            limit: 3,
+            json: true,
+            target,
+        }
+    }
+
+    async fn unasked(_: &ElasticsearchConfig, _: &str, _: Value) -> anyhow::Result<Value> {
+        panic!("elasticsearch was asked")
+    }
+
+    #[tokio::test]
+    async fn elasticsearch_is_asked_for_the_indices_and_an_empty_answer_is_no_success() {
+        let config = ElasticsearchConfig {
+            urls: vec!["http://localhost:9200".to_owned()],
+            auth: ElasticsearchAuth::None,
+            ca: None,
+            batch_bytes_max: 1,
+            requests: 1,
+            dead_letter_index: "waybill-dead".to_owned(),
+        };
+        let target = SearchTarget::Elasticsearch { config, index: "waybill-*".to_owned() };
+        let outcome = run(args("word", target), async |_, index: &str, body: Value| {
+            assert_eq!((index, &body["size"]), ("waybill-*", &json!(3)));
+            Ok(json!({ "hits": { "total": { "value": 0, "relation": "eq" }, "hits": [] } }))
+        });
+        assert_eq!(outcome.await.expect("a search"), Outcome::NothingFound);
+    }
+
+    #[tokio::test]
+    async fn errors_keep_their_kind_for_the_exit_code() {
+        let missing = || SearchTarget::Store(PathBuf::from("/nonexistent/store"));
+        let error = run(args("\"open", missing()), unasked).await.expect_err("bad syntax");
+        assert!(error.is::<QueryError>(), "{error}");
+        let error = run(args("word", missing()), unasked).await.expect_err("no store");
+        assert!(matches!(error.downcast_ref(), Some(StoreError::Missing(_))), "{error}");
+    }
+}

@@ -171,10 +171,7 @@ impl Store {
         while deleted < lines {
             match self.retention.step(&self.writer.connection, now_ms()) {
                 Ok(Step::Done) => return Tended::Done,
-                Ok(Step::Deleted(some)) => {
-                    deleted += some as u64;
-                    self.writer.forget_segments();
-                }
+                Ok(Step::Deleted(some)) => deleted += some as u64,
                 Err(error) => {
                     tracing::warn!(store = %self.path.display(), %error, "old lines were not deleted");
                     return Tended::Done;

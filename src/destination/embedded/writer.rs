@@ -3,29 +3,23 @@
 //! Called by the store's thread alone. A verdict that leaves here is true only after
 //! [`Batch::commit`] has returned; a batch that is dropped leaves nothing behind (I1).
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
+use std::borrow::Cow;
 
 use jiff::Timestamp;
 use rusqlite::{CachedStatement, Connection, ErrorCode, Transaction, TransactionBehavior, params};
 use serde::Deserialize;
-use uuid::Uuid;
 
 use crate::destination::Frame;
 use crate::parse::{Form, FrameTimes, Segment};
 use crate::protocol::{Run, Verdict};
 use crate::record::{DocumentId, Record, RecordKind};
 
-/// Segments whose number is remembered; beyond it the memory starts anew (I7).
-const SEGMENTS_MAX: usize = 4096;
-
 /// The connection, and what is remembered from batch to batch.
 pub(super) struct Writer {
     pub(super) connection: Connection,
-    /// Numbers that are committed in `segments`.
-    segments: HashMap<(Uuid, Uuid), i64>,
     /// Whether a line that is stored may lie in the dead letter too.
     any_parked: bool,
+    /// One document at a time, its memory used again.
     document: Vec<u8>,
 }
 
@@ -45,35 +39,24 @@ impl Writer {
     pub(super) fn new(connection: Connection) -> rusqlite::Result<Writer> {
         let any_parked =
             connection.query_row("SELECT EXISTS (SELECT 1 FROM parked)", [], |row| row.get(0))?;
-        Ok(Writer { connection, segments: HashMap::new(), any_parked, document: Vec::new() })
+        Ok(Writer { connection, any_parked, document: Vec::new() })
     }
 
     /// Begins a transaction.
     pub(super) fn begin(&mut self) -> rusqlite::Result<Batch<'_>> {
-        if self.segments.len() >= SEGMENTS_MAX {
-            self.segments.clear();
-        }
         let connection = &self.connection;
         let transaction = Transaction::new_unchecked(connection, TransactionBehavior::Immediate)?;
         Ok(Batch {
             insert_line: connection.prepare_cached(
-                "INSERT INTO lines (id, time, segment, offset, document) VALUES (?1, ?2, ?3, ?4, ?5) \
-                 ON CONFLICT (id) DO NOTHING",
+                "INSERT INTO lines (id, time, segment, offset, document) \
+                 VALUES (?1, ?2, ?3, ?4, ?5) ON CONFLICT (id) DO NOTHING",
             )?,
             insert_words: connection
                 .prepare_cached("INSERT INTO words (rowid, line) VALUES (?1, ?2)")?,
-            newest: HashMap::new(),
-            added: HashMap::new(),
-            segments: &mut self.segments,
             any_parked: &mut self.any_parked,
             document: &mut self.document,
             transaction,
         })
-    }
-
-    /// Forgets numbers that retention may have deleted.
-    pub(super) fn forget_segments(&mut self) {
-        self.segments.clear();
     }
 }
 
@@ -81,14 +64,17 @@ impl Writer {
 pub(super) struct Batch<'w> {
     insert_line: CachedStatement<'w>,
     insert_words: CachedStatement<'w>,
-    /// Newest time of a line per segment number touched here.
-    newest: HashMap<i64, i64>,
-    /// Numbers given here, remembered only once they are committed.
-    added: HashMap<(Uuid, Uuid), i64>,
-    segments: &'w mut HashMap<(Uuid, Uuid), i64>,
     any_parked: &'w mut bool,
     document: &'w mut Vec<u8>,
     transaction: Transaction<'w>,
+}
+
+/// A segment whose lines are being added: between [`Batch::open`] and [`Batch::close`].
+pub(super) struct OpenSegment {
+    /// Under which its lines stand.
+    number: i64,
+    /// Newest time of a line that was added, for retention.
+    newest: i64,
 }
 
 /// Neighbouring records with one verdict, joined as they come.
@@ -115,7 +101,7 @@ impl Batch<'_> {
     /// Adds a frame's records. An error is the store's, never a line's: roll back.
     pub(super) fn frame(&mut self, frame: &Frame, now: u64) -> rusqlite::Result<Runs> {
         let segment = &*frame.segment;
-        let number = self.segment(segment)?;
+        let mut lines = self.open(segment)?;
         let times = FrameTimes { read_at: frame.read_at, ingested_at: now };
         let mut document = std::mem::take(self.document);
         let mut runs = Runs::default();
@@ -136,7 +122,7 @@ impl Batch<'_> {
                         document: &document,
                         read_at,
                     };
-                    match self.line(number, &line)? {
+                    match self.line(&mut lines, &line)? {
                         Ok(verdict) => verdict,
                         Err(reason) => self.park(segment, &record, read_at, &reason)?,
                     }
@@ -145,13 +131,14 @@ impl Batch<'_> {
             runs.push(record.offset + record.length as u64, verdict);
         }
         *self.document = document;
+        self.close(&lines)?;
         Ok(runs)
     }
 
     /// Adds a line; `Err` within `Ok` says why this one cannot be stored while others can.
     pub(super) fn line(
         &mut self,
-        segment: i64,
+        segment: &mut OpenSegment,
         line: &Line<'_>,
     ) -> rusqlite::Result<Result<Verdict, String>> {
         let (document, time) = match check(line.document, line.read_at) {
@@ -163,7 +150,7 @@ impl Batch<'_> {
         let inserted = self.insert_line.execute(params![
             id,
             time,
-            segment,
+            segment.number,
             // An offset is less than 2^40.
             line.offset as i64,
             document
@@ -183,8 +170,7 @@ impl Batch<'_> {
             // Stored at last: the dead letter is superseded.
             self.transaction.prepare_cached("DELETE FROM parked WHERE id = ?1")?.execute([id])?;
         }
-        let newest = self.newest.entry(segment).or_insert(time);
-        *newest = time.max(*newest);
+        segment.newest = segment.newest.max(time);
         Ok(Ok(Verdict::Stored))
     }
 
@@ -217,52 +203,40 @@ impl Batch<'_> {
         Ok(Verdict::Parked { reason: reason.to_owned() })
     }
 
-    /// The number under which a segment's lines stand.
-    pub(super) fn segment(&mut self, segment: &Segment) -> rusqlite::Result<i64> {
-        let key = (segment.row.segment.0, segment.sender.0);
-        if let Some(number) = self.segments.get(&key) {
-            return Ok(*number);
-        }
-        match self.added.entry(key) {
-            Entry::Occupied(known) => Ok(*known.get()),
-            Entry::Vacant(new) => {
-                // The update changes nothing but makes RETURNING speak where the row is there.
-                let number = self
-                    .transaction
-                    .prepare_cached(
-                        "INSERT INTO segments (segment, sender, index_name, newest) VALUES (?1, ?2, ?3, ?4) \
-                         ON CONFLICT DO UPDATE SET newest = newest RETURNING number",
-                    )?
-                    .query_row(
-                        params![
-                            &key.0.as_bytes()[..],
-                            &key.1.as_bytes()[..],
-                            segment.index,
-                            i64::MIN
-                        ],
-                        |row| row.get(0),
-                    )?;
-                Ok(*new.insert(number))
-            }
-        }
+    /// Finds the segment's row or makes it. It is looked up anew for each frame, because retention
+    /// may have deleted it since.
+    pub(super) fn open(&mut self, segment: &Segment) -> rusqlite::Result<OpenSegment> {
+        // The update changes nothing but makes RETURNING speak where the row is there.
+        let number = self
+            .transaction
+            .prepare_cached(
+                "INSERT INTO segments (segment, sender, index_name, newest) \
+                 VALUES (?1, ?2, ?3, ?4) \
+                 ON CONFLICT DO UPDATE SET newest = newest RETURNING number",
+            )?
+            .query_row(
+                params![
+                    &segment.row.segment.0.as_bytes()[..],
+                    &segment.sender.0.as_bytes()[..],
+                    segment.index,
+                    i64::MIN
+                ],
+                |row| row.get(0),
+            )?;
+        Ok(OpenSegment { number, newest: i64::MIN })
+    }
+
+    /// Notes the newest line of the segment.
+    pub(super) fn close(&mut self, segment: &OpenSegment) -> rusqlite::Result<()> {
+        self.transaction
+            .prepare_cached("UPDATE segments SET newest = max(newest, ?2) WHERE number = ?1")?
+            .execute([segment.number, segment.newest])
+            .map(drop)
     }
 
     /// Makes all of it durable: when this returns, the verdicts hold.
     pub(super) fn commit(self) -> rusqlite::Result<()> {
-        {
-            let mut update = self
-                .transaction
-                .prepare_cached("UPDATE segments SET newest = max(newest, ?2) WHERE number = ?1")?;
-            for (number, newest) in &self.newest {
-                update.execute([number, newest])?;
-            }
-        }
-        // Statements in use would keep the transaction from ending.
-        drop(self.insert_line);
-        drop(self.insert_words);
-        self.transaction.commit()?;
-        self.segments.extend(self.added);
-        Ok(())
+        self.transaction.commit()
     }
 }
 
@@ -270,7 +244,7 @@ impl Batch<'_> {
 #[derive(Deserialize)]
 struct Stamp<'a> {
     #[serde(rename = "@timestamp", borrow)]
-    timestamp: Option<std::borrow::Cow<'a, str>>,
+    timestamp: Option<Cow<'a, str>>,
 }
 
 /// The document as text and its time. It must be one JSON object: a search that reads a field
