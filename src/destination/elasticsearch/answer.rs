@@ -374,9 +374,11 @@ mod tests {
     fn a_short_long_or_foreign_answer_is_unreadable() {
         let few = reply(false, &[stored("a"), stored("a")]);
         let many = reply(false, &[stored("a"), stored("a"), stored("bb"), stored("bb")]);
-        let other = reply(false, &[stored("a"), stored("a"), stored("bb").replace("create", "index")]);
+        let other =
+            reply(false, &[stored("a"), stored("a"), stored("bb").replace("create", "index")]);
         let whole = reply(false, &[stored("a"), stored("a"), stored("bb")]);
-        for bad in [&few, &many, &other, "{}", "[]", "", "<html>", r#"{"errors":false,"items":[]}"#] {
+        for bad in [&few, &many, &other, "{}", "[]", "", "<html>", r#"{"errors":false,"items":[]}"#]
+        {
             assert!(!is_all_stored(bad.as_bytes(), &[A, B]), "{bad}");
             assert!(read(bad.as_bytes(), &[A, B]).is_err(), "{bad}");
         }

@@ -257,12 +257,7 @@ impl Sent {
         open
     }
 
-    fn settle_part(
-        &self,
-        part: &Part,
-        judge: &mut impl Judge,
-        open: &mut Vec<(Stretch, Next)>,
-    ) {
+    fn settle_part(&self, part: &Part, judge: &mut impl Judge, open: &mut Vec<(Stretch, Next)>) {
         let mut sorter = Sorter::new(&part.stretch, open);
         let mut document = part.first_document;
         let mut from = part.stretch.from;
@@ -359,4 +354,3 @@ impl<'a> Sorter<'a> {
         self.send();
     }
 }
-

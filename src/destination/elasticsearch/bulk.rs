@@ -158,7 +158,8 @@ mod tests {
     #[test]
     fn a_body_is_action_and_document_lines() {
         let id = DocumentId([0; 24]);
-        let expected = format!("{{\"create\":{{\"_index\":\"a\",\"_id\":\"{id}\"}}}}\n{{\"n\":0}}\n");
+        let expected =
+            format!("{{\"create\":{{\"_index\":\"a\",\"_id\":\"{id}\"}}}}\n{{\"n\":0}}\n");
         assert_eq!(body(&["a"]).slice(0..1), expected.as_bytes());
     }
 

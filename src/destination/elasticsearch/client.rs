@@ -258,8 +258,7 @@ impl Client {
         if !(200..300).contains(&status) {
             return Err(RequestError::Status { status, reason: error_of_request(&reply) });
         }
-        serde_json::from_slice(&reply)
-            .map_err(|_| RequestError::NotJson(self.bases[node].clone()))
+        serde_json::from_slice(&reply).map_err(|_| RequestError::NotJson(self.bases[node].clone()))
     }
 
     fn request(&self, node: usize, method: Method, path: &str) -> reqwest::RequestBuilder {

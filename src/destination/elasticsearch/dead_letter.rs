@@ -193,13 +193,7 @@ fn describe(answer: &Answer) -> String {
     }
 }
 
-fn write_line(
-    stretch: &Stretch,
-    record: &Record<'_>,
-    reason: &str,
-    now_ms: u64,
-    body: &mut Body,
-) {
+fn write_line(stretch: &Stretch, record: &Record<'_>, reason: &str, now_ms: u64, body: &mut Body) {
     let segment = &stretch.hold.frame.segment;
     let id = segment.ids.id(record.offset, record.payload);
     let text = std::str::from_utf8(record.payload).ok();

@@ -86,7 +86,11 @@ impl Exchange {
     }
 
     /// Sends a body and waits for all its answers; `reply` is a buffer.
-    pub(super) async fn send(&self, body: &Sealed, reply: &mut Vec<u8>) -> Result<Outcome, Stopped> {
+    pub(super) async fn send(
+        &self,
+        body: &Sealed,
+        reply: &mut Vec<u8>,
+    ) -> Result<Outcome, Stopped> {
         let mut sending = Sending {
             exchange: self,
             body,
@@ -99,7 +103,8 @@ impl Exchange {
         };
         let mut answers = Answers::AllStored(0);
         // A stack of what is still to be sent, first on top.
-        let mut open = vec![0..body.documents()];
+        let whole = 0..body.documents();
+        let mut open = vec![whole];
         while let Some(range) = open.pop() {
             match sending.range(range.clone()).await? {
                 Part::Answered(more) => answers.append(more),
@@ -271,8 +276,9 @@ impl Sending<'_> {
     fn halve(&mut self, range: Range<usize>, reason: String) -> Part {
         let blameless = !self.accepted && self.refused_alone >= REFUSED_ALONE_MAX;
         if blameless {
-            // A proxy that refuses everything would otherwise see each document alone.
-            let answer = Answer::Busy(Arc::from(reason));
+            // A proxy that refuses everything would otherwise see each document alone, and all of
+            // them would be parked.
+            let answer = Answer::Index(Arc::from(reason));
             return Part::Answered(Answers::Each(vec![answer; range.len()]));
         }
         if range.len() > 1 {

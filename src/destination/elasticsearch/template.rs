@@ -40,7 +40,9 @@ pub enum SetupError {
     #[error(transparent)]
     Configure(#[from] ConfigureError),
     /// A part was refused or not answered.
-    #[error("PUT {path} failed: {source}; `waybill setup --print` shows what an administrator can run")]
+    #[error(
+        "PUT {path} failed: {source}; `waybill setup --print` shows what an administrator can run"
+    )]
     Request {
         /// Which part.
         path: String,
@@ -144,9 +146,7 @@ fn lines_template(wildcard: &str) -> Value {
 fn dynamic_templates() -> Value {
     let string = json!({ "type": "keyword", "ignore_above": KEYWORD_CHARACTERS_MAX });
     let number = json!({ "type": "double", "ignore_malformed": true });
-    let under = |path: &str, kind: &str, mapping: &Value| {
-        json!({ "path_match": path, "match_mapping_type": kind, "mapping": mapping })
-    };
+    let under = |path: &str, kind: &str, mapping: &Value| json!({ "path_match": path, "match_mapping_type": kind, "mapping": mapping });
     json!([
         { "labels": under("labels.*", "string", &string) },
         { "json_strings": under("json.*", "string", &string) },
@@ -165,17 +165,24 @@ fn properties() -> Value {
     let text = || json!({ "type": "text" });
     let date = || json!({ "type": "date" });
     let group = |properties: Value| json!({ "properties": properties });
+    // Shown, not searched; of any length.
+    let kept = || json!({ "type": "keyword", "index": false, "doc_values": false });
     let dynamic = || json!({ "type": "object", "dynamic": true });
     json!({
         "@timestamp": date(),
         "message": text(),
         "tags": keyword(),
         "labels": dynamic(),
-        "json": dynamic(),
+        "json": {
+            "type": "object",
+            "dynamic": true,
+            // What was not made fields, as text.
+            "properties": { "_rest": kept() },
+        },
         "ecs": group(json!({ "version": keyword() })),
         "error": group(json!({ "message": text() })),
         "event": group(json!({
-            "original": { "type": "keyword", "index": false, "doc_values": false },
+            "original": kept(),
             "created": date(),
             "ingested": date(),
             "dataset": keyword(),
@@ -185,6 +192,8 @@ fn properties() -> Value {
         "process": group(json!({ "name": keyword(), "pid": long() })),
         "log": group(json!({
             "level": keyword(),
+            "logger": keyword(),
+            "flags": keyword(),
             "offset": { "type": "long" },
             "file": group(json!({ "path": keyword() })),
             "syslog": group(json!({
@@ -209,6 +218,7 @@ fn properties() -> Value {
             "domain": keyword(),
             "original": keyword(),
             "path": keyword(),
+            "port": long(),
             "query": keyword(),
             "scheme": keyword(),
         })),
@@ -223,6 +233,7 @@ fn properties() -> Value {
             })),
             "response": group(json!({
                 "status_code": long(),
+                "mime_type": keyword(),
                 "bytes": long(),
                 "body": group(json!({ "bytes": long() })),
             })),
@@ -231,8 +242,10 @@ fn properties() -> Value {
             "sender": keyword(),
             "sender_name": keyword(),
             "segment": keyword(),
-            "source": keyword(),
+            "type": keyword(),
+            "bytes": { "type": "binary" },
         })),
+        "trace": group(json!({ "id": keyword() })),
     })
 }
 
@@ -266,12 +279,14 @@ mod tests {
 
     #[test]
     fn the_dead_letter_wins_over_a_wildcard_that_covers_it() {
-        let requests = setup_requests(&config(), &IndexRule::parse("waybill-{type}").expect("rule"));
+        let requests =
+            setup_requests(&config(), &IndexRule::parse("waybill-{type}").expect("rule"));
         let priority = |number: usize| requests[number].body["priority"].as_u64();
         assert!(priority(0) > priority(1));
         let indexed = &requests[0].body["template"]["mappings"];
         assert_eq!(indexed["dynamic"], false);
-        let mut fields: Vec<_> = indexed["properties"].as_object().expect("fields").keys().collect();
+        let mut fields: Vec<_> =
+            indexed["properties"].as_object().expect("fields").keys().collect();
         fields.sort();
         assert_eq!(fields, ["offset", "reason", "sender", "source", "time"]);
     }

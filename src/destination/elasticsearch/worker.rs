@@ -197,7 +197,9 @@ impl Worker {
                     waits = true;
                     (now + backoff, work(attempt))
                 }
-                Next::Park(reason) => (now, Work::Park(Parking { stretch, reason, conflict: None })),
+                Next::Park(reason) => {
+                    (now, Work::Park(Parking { stretch, reason, conflict: None }))
+                }
             };
             shared.put_aside(due, work);
         }
