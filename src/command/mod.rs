@@ -3,6 +3,8 @@
 //! A command says by its [`Exit`] how it ended, and has told a person why before it returns.
 
 pub mod demo;
+pub mod search;
+pub mod token;
 
 use std::io;
 

@@ -70,6 +70,23 @@ pub enum End {
     Stopped,
 }
 
+/// The last words of a stream.
+#[derive(Clone, Debug)]
+pub struct Ended {
+    /// Its run.
+    pub run: Uuid,
+    /// Why it ended.
+    pub end: End,
+    /// Its file, for messages.
+    pub path: String,
+    /// Where its receipted prefix ended.
+    pub position: u64,
+    /// How far bytes were seen.
+    pub seen: u64,
+    /// Size and time of the last change of its file.
+    pub stamp: Option<(u64, (i64, i64))>,
+}
+
 /// See the module.
 pub struct Stream {
     context: Arc<Context>,
@@ -230,7 +247,25 @@ impl Stream {
     }
 
     /// Runs until the run is finished, lost, or the sender stops.
-    pub async fn run(mut self) -> End {
+    pub async fn run(mut self) -> Ended {
+        let end = self.run_to_end().await;
+        self.note_progress();
+        let front = self.segments.front();
+        let position = front.map_or(0, |segment| segment.window.position());
+        let frontier = self.segments.back().map_or(0, |segment| segment.window.frontier());
+        let path = front.map(|segment| segment.entry.row.path.clone()).unwrap_or_default();
+        let stamp = match self.origin.as_deref() {
+            Some(Origin::File(file)) => file.tail.stamp().ok(),
+            _ => None,
+        };
+        if end == End::Done {
+            self.forget().await;
+        }
+        let seen = frontier.max(self.size_seen.unwrap_or(0));
+        Ended { run: self.run, end, path, position, seen, stamp }
+    }
+
+    async fn run_to_end(&mut self) -> End {
         let mut links = self.context.links.clone();
         loop {
             let link = loop {
@@ -249,10 +284,42 @@ impl Stream {
             };
             let end = self.session(&link).await;
             self.note_progress();
+            self.return_credit(&link);
             match end {
                 Some(end) => return end,
                 None => self.disconnected(),
             }
+        }
+    }
+
+    /// A stream that ends while its link lives leaves no credit behind: nobody would return it.
+    fn return_credit(&mut self, link: &Link) {
+        for segment in &self.segments {
+            if let Some(handle) = segment.handle {
+                link.unregister(handle);
+            }
+            let (credit, frames) = segment.window.outstanding();
+            link.credit.add_permits(credit as usize);
+            link.frames.add_permits(frames as usize);
+        }
+    }
+
+    /// Everything of this run is receipted and its bytes are gone: so are its rows.
+    async fn forget(&mut self) {
+        let ids = self.segments.iter().map(Segment::id).collect();
+        if let Err(error) = self.commit(Vec::new(), ids).await {
+            warn!(%error, "the state directory cannot be written: finished rows stay for now");
+            return;
+        }
+        if let Some(kept) = self.kept.take()
+            && let Err(error) = kept.remove(&self.context)
+        {
+            warn!(%error, "the copy of a deleted file stays for now");
+        }
+        if let Some(Origin::Spool { spool, segment }) = self.origin.as_deref()
+            && let Err(error) = spool.release(*segment, u64::MAX)
+        {
+            warn!(%error, "a finished spool file stays for now");
         }
     }
 

@@ -139,6 +139,14 @@ impl Window {
         self.spans.is_empty()
     }
 
+    /// Bytes and frames on the wire without a receipt.
+    pub fn outstanding(&self) -> (u64, u32) {
+        let sent = self.spans.iter().filter(|span| matches!(span.state, SpanState::Sent));
+        sent.fold((0, 0), |(bytes, frames), span| {
+            (bytes + span.to - span.from, frames + span.frames)
+        })
+    }
+
     /// The newest position that can be saved, once.
     pub fn take_anchor(&mut self) -> Option<Fingerprint> {
         self.anchor.take()

@@ -94,6 +94,8 @@ struct Inner {
     progress: BTreeMap<SegmentId, Progress>,
     sources: BTreeSet<String>,
     instance: Uuid,
+    /// Positions that are on disk.
+    durable: BTreeMap<SegmentId, u64>,
     dirty: bool,
     saved_at: SystemTime,
     /// When the last process saved its positions; before that, everything counts as unseen.
@@ -116,12 +118,14 @@ impl State {
         let (journal, replayed) =
             Journal::open(dir).map_err(failed("its row journal cannot be opened"))?;
         let (saved_at, progress) = positions::load(dir);
+        let durable = progress.iter().map(|(id, progress)| (*id, progress.position)).collect();
         let mut inner = Inner {
             journal,
             entries: replayed.entries,
             progress,
             sources: replayed.sources,
             instance: replayed.instance.unwrap_or_else(Uuid::now_v7),
+            durable,
             dirty: false,
             saved_at,
             previous_save: saved_at,
@@ -245,10 +249,25 @@ impl State {
         let saved = positions::save(&self.dir, now, &progress);
         let mut inner = self.lock();
         match &saved {
-            Ok(()) => inner.saved_at = now,
+            Ok(()) => {
+                inner.saved_at = now;
+                inner.durable =
+                    progress.iter().map(|(id, progress)| (*id, progress.position)).collect();
+            }
             Err(_) => inner.dirty = true,
         }
         saved
+    }
+
+    /// Up to where a run is receipted for good: what lies below is never needed again (I2).
+    pub fn durable_position(&self, run: Uuid) -> Option<u64> {
+        let inner = self.lock();
+        let of_run = inner.entries.values().filter(|entry| entry.run == run);
+        let position = |entry: &Entry| {
+            let saved = inner.durable.get(&entry.row.segment).copied();
+            saved.unwrap_or(entry.row.start).max(entry.row.start)
+        };
+        of_run.map(position).min()
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {

@@ -36,6 +36,12 @@ pub fn is_sibling(name: &[u8], candidate: &[u8]) -> bool {
     is_rotated(base, candidate) || (candidate == base && name != base)
 }
 
+/// The path before any rotation of it, where this one has a rotated name.
+pub fn is_rotated_name(path: &[u8]) -> Option<&[u8]> {
+    let base = base(path);
+    (base != path && !base.ends_with(b"/")).then_some(base)
+}
+
 /// The name before any rotation of it.
 fn base(name: &[u8]) -> &[u8] {
     let plain = strip_compression(name);

@@ -164,6 +164,12 @@ impl Tail {
         self.modified().map(Day::of)
     }
 
+    /// Size and time of the last change (seconds and nanoseconds), of the file as it is stored.
+    pub fn stamp(&self) -> io::Result<(u64, (i64, i64))> {
+        let stamp = Stamp::of(&self.file.metadata()?);
+        Ok((stamp.size, (stamp.seconds, stamp.nanoseconds)))
+    }
+
     /// The end of the last record that ends with a newline before `end`, not before `floor`.
     pub fn last_boundary(&mut self, floor: u64, end: u64) -> io::Result<u64> {
         let mut buffer = vec![0; 64 << 10];
