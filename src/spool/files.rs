@@ -130,8 +130,10 @@ pub(super) fn next_good(file: &File, at: u64, length: u64) -> io::Result<u64> {
             if let SpoolRecord::Needs(_) = spool_record(&window) {
                 return Ok(at + search.chain(&window) as u64);
             }
+            // The usual damage is in the payload. A damaged length may as well lead over whole
+            // records to the start of another.
             if let Some(neighbour) = search.neighbour(&window) {
-                return Ok(at + neighbour as u64);
+                return Ok(at + search.chain(&window[..neighbour]) as u64);
             }
         }
         let starts = if last { window.len() } else { window.len() - WHOLE_RECORD_BYTES_MAX };
@@ -163,7 +165,7 @@ struct Search {
 }
 
 impl Search {
-    /// Where a damaged record ends, if its length still tells: the usual damage is in the payload.
+    /// Where a damaged record ends by its own length, if another or nothing stands there.
     fn neighbour(&mut self, window: &[u8]) -> Option<usize> {
         let length = claimed_length(window)?;
         let rest = window.get(length..)?;

@@ -115,12 +115,13 @@ fn what_is_not_synced_is_not_read() {
 /// though a payload looks like a record itself.
 #[test]
 fn a_crash_at_every_byte_leaves_a_prefix_of_whole_records() {
-    let trap = encoded(b"a record in a payload");
+    let embedded = encoded(b"a record in a payload");
+    let trap = [&embedded[..], b" and more"].concat();
     let payloads = [&b"one"[..], b"", &trap, b"\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0", b"last"];
     let bytes: Vec<u8> = payloads.iter().flat_map(|payload| encoded(payload)).collect();
     let name = files::file_name(SegmentId::mint(), 0, files::Kind::Records);
     // Cut inside the trap's own record right behind the embedded one, nothing tells them apart.
-    let blind = encoded(b"one").len() + encoded(b"").len() + SPOOL_HEADER_BYTES + trap.len();
+    let blind = encoded(b"one").len() + encoded(b"").len() + SPOOL_HEADER_BYTES + embedded.len();
     for cut in (0..=bytes.len()).filter(|&cut| cut != blind) {
         let dir = TempDir::new().expect("dir");
         fs::write(dir.path().join(&name), &bytes[..cut]).expect("write");
@@ -195,6 +196,20 @@ proptest! {
         prop_assert_eq!(read_all(&spool), (expected.clone(), damage.clone()));
         drop((spool, writer));
         prop_assert_eq!(read_all(&open(dir.path())), (expected, damage));
+    }
+}
+
+/// A length that grew by a multiple of its neighbours' size led over them all.
+#[test]
+fn a_flipped_length_does_not_hide_the_records_it_spans() {
+    for (bit, count) in [(6, 4), (6, 3), (5, 8)] {
+        let dir = TempDir::new().expect("dir");
+        let mut bytes = encoded(&[b'x'; 14]).repeat(count);
+        bytes[0] ^= 1 << bit;
+        let name = files::file_name(SegmentId::mint(), 0, files::Kind::Records);
+        fs::write(dir.path().join(name), &bytes).expect("write");
+        let (read, bad) = read_all(&open(dir.path()));
+        assert_eq!((read.len(), bad), (count - 1, vec![(0, 32)]), "bit {bit}, {count} records");
     }
 }
 
