@@ -452,7 +452,9 @@ mod tests {
             let text = format(time);
             prop_assert_eq!(iso(&text, &UTC), Some((time, TEXT_LEN)));
             let jiff = jiff::Timestamp::from_millisecond(time).expect("in range");
-            prop_assert_eq!(&text[..], jiff::fmt::temporal::DateTimePrinter::new().precision(Some(3)).timestamp_to_string(&jiff).as_bytes());
+            let printer = jiff::fmt::temporal::DateTimePrinter::new().precision(Some(3));
+            let expected = printer.timestamp_to_string(&jiff);
+            prop_assert_eq!(&text[..], expected.as_bytes());
         }
 
         #[test]
