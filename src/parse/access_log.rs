@@ -28,7 +28,7 @@ pub fn read<'a>(line: &'a str, time_at: usize, fields: &mut Fields<'a>) -> Optio
     let (front, rest) = line.split_at_checked(time_at)?;
     let mut words = front.strip_suffix(' ')?.splitn(3, ' ');
     let (client, _identity, user) = (words.next()?, words.next()?, words.next()?);
-    let (time, length) = common_log(rest[1..].as_bytes())?;
+    let (time, length) = common_log(&rest.as_bytes()[1..])?;
     let rest = rest.get(1 + length..)?.strip_prefix("] ")?;
     let (request, rest) = quoted(rest)?;
     let mut words = rest.strip_prefix(' ')?.splitn(3, ' ');

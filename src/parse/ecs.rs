@@ -177,7 +177,7 @@ pub fn lift(key: &str) -> Option<Lift> {
     INDEX.get(key).copied()
 }
 
-/// FNV-1a by words: the table is fixed, so nobody can make keys collide that would cost anything.
+/// A key by its ends and its length: the table is fixed, so nobody can make keys collide that would cost anything.
 #[derive(Default)]
 struct KeyHasher(u64);
 
@@ -185,18 +185,14 @@ impl Hasher for KeyHasher {
     #[inline]
     fn write(&mut self, bytes: &[u8]) {
         const PRIME: u64 = 0x9e37_79b9_7f4a_7c15;
-        let mut mix = |word: u64| self.0 = (self.0 ^ word).wrapping_mul(PRIME).rotate_left(26);
-        mix(bytes.len() as u64);
-        if let (Some(first), Some(last)) = (bytes.first_chunk::<8>(), bytes.last_chunk::<8>()) {
-            mix(u64::from_le_bytes(*first));
-            mix(u64::from_le_bytes(*last));
-        } else {
-            let mut word = [0; 8];
-            for (to, from) in word.iter_mut().zip(bytes) {
-                *to = *from;
+        let ends = match (bytes.first_chunk::<8>(), bytes.last_chunk::<8>()) {
+            (Some(first), Some(last)) => {
+                u64::from_le_bytes(*first) ^ u64::from_le_bytes(*last).rotate_left(20)
             }
-            mix(u64::from_le_bytes(word));
-        }
+            _ => bytes.iter().fold(0, |word, &byte| (word << 8) | u64::from(byte)),
+        };
+        let mixed = (ends ^ bytes.len() as u64).wrapping_mul(PRIME);
+        self.0 = mixed ^ (mixed >> 32);
     }
 
     #[inline]
@@ -385,37 +381,58 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// Appends the filled fields of [`PATHS`], as objects, each with a comma before it.
+    /// Appends the filled fields of [`PATHS`], as objects, with a comma before the first.
     pub fn write(&self, out: &mut Vec<u8>) {
-        let mut open: &[&str] = &[];
-        for (path, held) in PATHS.iter().zip(&self.held) {
-            if *held == Held::Absent {
-                continue;
+        let mut before = START;
+        for (at, held) in self.held[..PATHS.len()].iter().enumerate() {
+            if *held != Held::Absent {
+                out.extend_from_slice(STEPS.between(before, at));
+                held.write(out);
+                before = at;
             }
-            let (leaf, objects) = path.split_last().expect("no path of the table is empty");
-            let shared = open.iter().zip(objects).take_while(|(left, right)| left == right).count();
-            out.resize(out.len() + open.len() - shared, b'}');
-            for object in &objects[shared..] {
-                comma(out);
-                out.push(b'"');
-                out.extend_from_slice(object.as_bytes());
-                out.extend_from_slice(b"\":{");
-            }
-            open = objects;
-            comma(out);
-            out.push(b'"');
-            out.extend_from_slice(leaf.as_bytes());
-            out.extend_from_slice(b"\":");
-            held.write(out);
         }
-        out.resize(out.len() + open.len(), b'}');
+        if before != START {
+            out.extend_from_slice(STEPS.between(before, END));
+        }
     }
 }
 
-fn comma(out: &mut Vec<u8>) {
-    if out.last() != Some(&b'{') {
-        out.push(b',');
+/// Before the first path.
+const START: usize = PATHS.len();
+/// After the last path.
+const END: usize = PATHS.len();
+
+/// What stands between the values of two fields: the end of objects, the start of others, a name.
+struct Steps(Vec<Vec<u8>>);
+
+static STEPS: LazyLock<Steps> = LazyLock::new(Steps::new);
+
+impl Steps {
+    fn new() -> Steps {
+        let side = || (0..=PATHS.len()).map(|at| PATHS.get(at).copied().unwrap_or(&[]));
+        Steps(side().flat_map(|from| side().map(move |to| step(from, to))).collect())
     }
+
+    #[inline]
+    fn between(&self, from: usize, to: usize) -> &[u8] {
+        &self.0[from * (PATHS.len() + 1) + to]
+    }
+}
+
+fn step(from: &[&str], to: &[&str]) -> Vec<u8> {
+    let open = &from[..from.len().saturating_sub(1)];
+    let wanted = &to[..to.len().saturating_sub(1)];
+    let shared = open.iter().zip(wanted).take_while(|(left, right)| left == right).count();
+    let mut text = vec![b'}'; open.len() - shared];
+    let mut before = ",";
+    for object in &wanted[shared..] {
+        text.extend_from_slice(format!("{before}\"{object}\":{{").as_bytes());
+        before = "";
+    }
+    if let Some(leaf) = to.last() {
+        text.extend_from_slice(format!("{before}\"{leaf}\":").as_bytes());
+    }
+    text
 }
 
 fn slice<'a>(text: &Cow<'a, str>, from: usize, to: usize) -> Held<'a> {

@@ -52,31 +52,75 @@ fn any_special(chunk: &[u8; CHUNK]) -> bool {
     chunk.iter().fold(false, |any, &byte| any | is_special(byte))
 }
 
-/// Chunk by chunk through a buffer on the stack: a quote costs no call of its own.
+/// Eight bytes at a time through a buffer on the stack: a quote costs a store and no call.
 fn write_dirty(bytes: &[u8], out: &mut Vec<u8>) {
-    for chunk in bytes.chunks(CHUNK) {
-        if let Some(whole) = chunk.first_chunk::<CHUNK>()
-            && !any_special(whole)
-        {
-            out.extend_from_slice(whole);
+    let mut buffer = [0; BUFFER];
+    let mut filled = 0;
+    let mut words = bytes.chunks_exact(WORD);
+    for chunk in words.by_ref() {
+        if filled > BUFFER - 3 * WORD {
+            out.extend_from_slice(&buffer[..filled]);
+            filled = 0;
+        }
+        let mut word = u64::from_le_bytes(chunk.try_into().expect("chunks have 8 bytes"));
+        if controls(word) != 0 {
+            out.extend_from_slice(&buffer[..filled]);
+            filled = 0;
+            write_bytes(chunk, out);
             continue;
         }
-        let mut buffer = [0; 2 * CHUNK];
-        let mut filled = 0;
-        for &byte in chunk {
-            if byte < 0x20 {
-                out.extend_from_slice(&buffer[..filled]);
-                filled = 0;
-                write_control(byte, out);
-                continue;
-            }
-            // A byte to escape is the backslash and then itself: written without a branch.
-            buffer[filled] = b'\\';
-            filled += usize::from((byte == b'"') | (byte == b'\\'));
-            buffer[filled] = byte;
+        let mut hits = equal(word, b'"') | equal(word, b'\\');
+        let mut left = WORD;
+        store(&mut buffer, filled, word);
+        while hits != 0 {
+            // What comes before it stands already; the backslash, then it and the rest again.
+            let before = (hits.trailing_zeros() / 8) as usize;
+            word >>= 8 * before;
+            hits >>= 8 * before;
+            filled += before + 1;
+            buffer[filled - 1] = b'\\';
+            store(&mut buffer, filled, word);
             filled += 1;
+            left -= before + 1;
+            word >>= 8;
+            hits >>= 8;
         }
-        out.extend_from_slice(&buffer[..filled]);
+        filled += left;
+    }
+    out.extend_from_slice(&buffer[..filled]);
+    write_bytes(words.remainder(), out);
+}
+
+const WORD: usize = 8;
+const BUFFER: usize = 256;
+const ONES: u64 = 0x0101_0101_0101_0101;
+const HIGH: u64 = ONES << 7;
+
+/// The high bit of each byte that is `byte`; exact in all of them.
+#[inline]
+fn equal(word: u64, byte: u8) -> u64 {
+    let zero = word ^ (ONES * u64::from(byte));
+    !(((zero & !HIGH) + !HIGH) | zero) & HIGH
+}
+
+/// The high bit of each byte below 0x20; exact in all of them.
+#[inline]
+fn controls(word: u64) -> u64 {
+    !(((word & !HIGH) + ONES * 0x60) | word) & HIGH
+}
+
+#[inline]
+fn store(buffer: &mut [u8; BUFFER], at: usize, word: u64) {
+    buffer[at..at + WORD].copy_from_slice(&word.to_le_bytes());
+}
+
+fn write_bytes(bytes: &[u8], out: &mut Vec<u8>) {
+    for &byte in bytes {
+        match byte {
+            b'"' | b'\\' => out.extend_from_slice(&[b'\\', byte]),
+            0x20.. => out.push(byte),
+            _ => write_control(byte, out),
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 
 use super::access_log;
-use super::ecs::{Field, Fields, Held};
+use super::ecs::{Field, Fields, Held, count};
 use super::escape::{write_escaped, write_integer, write_string};
 use super::json::{self, Members};
 use super::syslog::{self, Clock, Header};
@@ -168,60 +168,57 @@ impl Segment {
         let envelope = Envelope { segment: self, record, times, form, bytes };
         if form == Form::Full && !record.continues {
             let shape = Shape::of(&line, self.row.format);
-            if shape != Shape::Raw
-                && let Some(parsed) = self.parse(&line, shape)
-            {
-                return envelope.write_parsed(&line, &parsed, out);
+            if shape != Shape::Raw {
+                let mut parsed = Parsed::default();
+                if self.parse(&line, shape, &mut parsed).is_some() {
+                    return envelope.write_parsed(&line, &parsed, out);
+                }
             }
         }
         envelope.write_raw(&line, out);
     }
 
-    /// `None` where the line is not what its first bytes promised.
-    fn parse<'a>(&self, line: &'a str, shape: Shape) -> Option<Parsed<'a>> {
+    /// `None`, with some of it filled, where the line is not what its first bytes promised.
+    fn parse<'a>(&self, line: &'a str, shape: Shape, parsed: &mut Parsed<'a>) -> Option<()> {
         let clock = Clock { zone: &self.zone, near: self.near };
-        let header = match shape {
-            Shape::Priority => Some(syslog::with_priority(line, clock)?),
-            Shape::Stamped { any_word } => Some(syslog::without_priority(line, clock, any_word)?),
-            _ => None,
-        };
-        if let Some(header) = header {
-            return Some(self.with_header(header));
-        }
-        let mut parsed = Parsed::default();
+        let Parsed { fields, others, .. } = parsed;
         match shape {
-            Shape::Raw | Shape::Priority | Shape::Stamped { .. } => return None,
-            Shape::Json => {
-                json::read(line, &self.zone, &mut parsed.fields, &mut parsed.others)?;
+            Shape::Raw => None,
+            Shape::Json => json::read(line, &self.zone, fields, others),
+            Shape::Priority => {
+                self.take_header(syslog::with_priority(line, clock)?, parsed);
+                Some(())
+            }
+            Shape::Stamped { any_word } => {
+                self.take_header(syslog::without_priority(line, clock, any_word)?, parsed);
+                Some(())
             }
             Shape::NginxError => {
-                let (pid, message) =
-                    access_log::read_nginx_error(line, &self.zone, &mut parsed.fields)?;
+                let (pid, message) = access_log::read_nginx_error(line, &self.zone, fields)?;
                 parsed.process_id = Some(pid);
                 parsed.fields.message = Held::Text(Cow::Borrowed(message));
+                Some(())
             }
-            Shape::AccessLog(time_at) => access_log::read(line, time_at, &mut parsed.fields)?,
+            Shape::AccessLog(time_at) => access_log::read(line, time_at, fields),
         }
-        Some(parsed)
     }
 
     /// A header's message may be JSON in turn: that is what nginx sends.
-    fn with_header<'a>(&self, header: Header<'a>) -> Parsed<'a> {
-        let mut parsed = Parsed::default();
+    fn take_header<'a>(&self, header: Header<'a>, parsed: &mut Parsed<'a>) {
         if header.message.starts_with('{') {
-            let Parsed { fields, others, .. } = &mut parsed;
+            let Parsed { fields, others, .. } = parsed;
             if json::read(header.message, &self.zone, fields, others).is_none() {
-                parsed = Parsed::default();
+                *parsed = Parsed::default();
             }
         }
-        parsed.fields.timestamp = parsed.fields.timestamp.or(header.timestamp);
-        if parsed.fields.message == Held::Absent {
-            parsed.fields.message = Held::Text(Cow::Borrowed(header.message));
+        let Parsed { fields, .. } = parsed;
+        fields.timestamp = fields.timestamp.or(header.timestamp);
+        if fields.message == Held::Absent {
+            fields.message = Held::Text(Cow::Borrowed(header.message));
         }
         let digits = |text: &&str| text.len() <= 10;
-        parsed.process_id = header.procid.filter(digits).and_then(super::ecs::count);
+        parsed.process_id = header.procid.filter(digits).and_then(count);
         parsed.header = Some(header);
-        parsed
     }
 }
 

@@ -341,12 +341,12 @@ fn since_1970(text: &str) -> Option<Millis> {
 pub fn nanos(text: &str, unit: u64) -> Option<u128> {
     let (whole, fraction) = text.split_once('.').unwrap_or((text, "0"));
     let digits = |part: &str| {
-        (1..=20).contains(&part.len()) && part.bytes().all(|byte| byte.is_ascii_digit())
+        (1..=19).contains(&part.len()) && part.bytes().all(|byte| byte.is_ascii_digit())
     };
     if !digits(whole) || !digits(fraction) {
         return None;
     }
-    let mut nanos = whole.parse::<u128>().ok()? * u128::from(unit);
+    let mut nanos = u128::from(whole.parse::<u64>().ok()?) * u128::from(unit);
     let mut unit = u128::from(unit);
     for digit in fraction.bytes() {
         unit /= 10;
