@@ -160,7 +160,7 @@ impl Batch {
     pub(super) fn add(&mut self, mut stretch: Stretch, ingested_at: u64) -> Option<Stretch> {
         let hold = Arc::clone(&stretch.hold);
         let segment = &hold.frame.segment;
-        let times = FrameTimes { read_at: hold.frame.read_at, ingested_at };
+        let times = FrameTimes::new(hold.frame.read_at, ingested_at);
         let form = stretch.attempt.form;
         let (first_entry, first_document) = (self.entries.len(), self.body.documents());
         self.body.target(&hold.target.name);
