@@ -83,6 +83,8 @@ impl Field {
 pub enum Lift {
     /// Any text but an empty one and `-`.
     Text(Field),
+    /// `HTTP/1.1`, to `http.version` without its `HTTP/`.
+    Protocol,
     /// A whole number from 0, as a number or as a string.
     Count(Field),
     /// An IPv4 or IPv6 address.
@@ -149,7 +151,7 @@ const TABLE: &[(&str, Lift)] = &[
     ("sent_http_content_type", Lift::Text(Field::HttpResponseMimeType)),
     ("server_name", Lift::Text(Field::UrlDomain)),
     ("server_port", Lift::Count(Field::UrlPort)),
-    ("server_protocol", Lift::Text(Field::HttpVersion)),
+    ("server_protocol", Lift::Protocol),
     ("severity", Lift::Text(Field::LogLevel)),
     ("source.ip", Lift::Address(Field::SourceIp)),
     ("status", Lift::Count(Field::HttpResponseStatusCode)),
@@ -286,6 +288,15 @@ impl<'a> Fields<'a> {
                     held => self.set(field, held),
                 },
                 Value::Number(text) => self.set(field, Held::Plain(text)),
+                _ => false,
+            },
+            Lift::Protocol => match value {
+                Value::String(text) => {
+                    let text = text.text();
+                    let start = "HTTP/".len();
+                    text.starts_with("HTTP/")
+                        && self.set(Field::HttpVersion, slice(&text, start, text.len()))
+                }
                 _ => false,
             },
             Lift::Count(field) => value

@@ -346,22 +346,28 @@ impl Envelope<'_> {
         out.reserve(2 * line.len() + pieces.plain_head.len() + pieces.plain_tail.len() + 512);
         self.write_timestamp(fields.timestamp, out);
         out.extend_from_slice(b"\",\"message\":\"");
-        // A message is a part of its line: where it is as long, it is the line.
-        let is_whole = match &fields.message {
-            Held::Absent => true,
-            Held::Text(text) => text.len() == line.len(),
-            _ => false,
-        };
-        if is_whole {
-            write_escaped(line, out);
-        } else {
-            fields.message.write_inside(out);
+        let message_start = out.len();
+        match &fields.message {
+            Held::Absent => write_escaped(line, out),
+            message => message.write_inside(out),
         }
+        let message_end = out.len();
         out.extend_from_slice(b"\",\"event\":{\"ingested\":\"");
         out.extend_from_slice(&self.times.ingested_text);
-        if !is_whole {
-            out.extend_from_slice(b"\",\"original\":\"");
-            write_escaped(line, out);
+        match &fields.message {
+            Held::Absent => {}
+            // A part of its line that is as long as the line is all of it.
+            Held::Text(message) if line.len() == message.len() => {}
+            Held::Text(message) if line.ends_with(&**message) => {
+                // Escaped once, just above: only what stands before it is new.
+                out.extend_from_slice(b"\",\"original\":\"");
+                write_escaped(&line[..line.len() - message.len()], out);
+                out.extend_from_within(message_start..message_end);
+            }
+            _ => {
+                out.extend_from_slice(b"\",\"original\":\"");
+                write_escaped(line, out);
+            }
         }
         out.push(b'"');
         fields.write_one(Field::EventDuration, "duration", out);

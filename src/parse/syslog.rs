@@ -48,8 +48,9 @@ pub struct Clock<'a> {
 
 /// Reads a line that starts with `<PRI>`.
 pub fn with_priority<'a>(line: &'a str, clock: Clock<'_>) -> Option<Header<'a>> {
-    let (digits, rest) =
-        line.strip_prefix('<')?.split_at_checked(line[..5.min(line.len())].find('>')? - 1)?;
+    let inside = line.strip_prefix('<')?;
+    let close = inside.bytes().take(4).position(|byte| byte == b'>')?;
+    let (digits, rest) = inside.split_at(close);
     let all_digits = (1..=3).contains(&digits.len()) && digits.bytes().all(|b| b.is_ascii_digit());
     let priority =
         all_digits.then(|| digits.parse().ok()).flatten().filter(|&pri: &u8| pri <= 191)?;
@@ -407,9 +408,18 @@ mod tests {
             let header = with_priority(line, CLOCK).unwrap_or_else(|| panic!("{line}"));
             assert_eq!(words(&header), expected, "{line}");
         }
-        for bad in
-            ["<192>x", "<>x", "<1234>x", "<-1>x", "<", "<1", "<é>", "<13é", "<30>1 not a date"]
-        {
+        for bad in [
+            "<192>x",
+            "<>x",
+            "<1234>x",
+            "<-1>x",
+            "<",
+            "<1",
+            "<é>",
+            "<13é",
+            "<aaaé>",
+            "<30>1 not a date",
+        ] {
             assert_eq!(with_priority(bad, CLOCK), None, "{bad}");
         }
     }

@@ -560,8 +560,8 @@ fn lines() -> impl Strategy<Value = Vec<u8>> {
         b"\0",
     ];
     let token = proptest::sample::select(tokens).prop_map(<[u8]>::to_vec);
-    let any = proptest::collection::vec(any::<u8>(), 0..8);
-    let loose = proptest::collection::vec(prop_oneof![12 => token, 1 => any], 0..24);
+    let noise = proptest::collection::vec(any::<u8>(), 0..8);
+    let loose = proptest::collection::vec(prop_oneof![12 => token, 1 => noise], 0..24);
     let value = proptest::sample::select(vec![
         "1",
         "1e999",
@@ -606,7 +606,24 @@ fn lines() -> impl Strategy<Value = Vec<u8>> {
     let front =
         proptest::sample::select(vec!["", "<190>Nov 21 07:17:01 nginx: ", "<1>1 - h a 1 - - "]);
     let json = (front, members).prop_map(|(front, json)| [front.as_bytes(), &json].concat());
-    prop_oneof![loose.prop_map(|pieces| pieces.concat()), json]
+    let good = proptest::sample::select(vec![
+        NGINX,
+        "<190>Nov 21 07:17:01 h nginx[1]: {\"a\":1}",
+        "<34>1 2003-10-11T22:14:15.003Z h su 1 ID47 [a b=\"c\"] x",
+        "Nov 21 07:17:01 h app[1]: x",
+        "198.51.100.9 - b [21/Nov/2026:08:17:01 +0100] \"GET /x?y=1 HTTP/1.1\" 404 153 \"-\" \"c\"",
+        "2026/11/21 07:17:01 [error] 123#7: *5 open()",
+    ]);
+    let changes = proptest::collection::vec((any::<usize>(), "\\PC|[\"\\\\<>{}:]"), 0..4);
+    let changed = (good, changes).prop_map(|(good, changes)| {
+        let mut line = good.as_bytes().to_vec();
+        for (at, text) in changes {
+            let at = at % line.len();
+            line.splice(at..=at, text.bytes());
+        }
+        line
+    });
+    prop_oneof![loose.prop_map(|pieces| pieces.concat()), json, changed]
 }
 
 proptest! {

@@ -42,20 +42,24 @@ pub fn format(time: Millis) -> [u8; TEXT_LEN] {
     let year = year_of_era + era * 400 + i64::from(month <= 2);
 
     let mut text = *b"0000-00-00T00:00:00.000Z";
-    let mut put = |at: usize, width: usize, mut number: i64| {
-        for digit in text[at..at + width].iter_mut().rev() {
-            *digit = b'0' + (number % 10) as u8;
-            number /= 10;
-        }
-    };
-    put(0, 4, year);
-    put(5, 2, month);
-    put(8, 2, day);
-    put(11, 2, of_day / 3_600_000);
-    put(14, 2, of_day / 60_000 % 60);
-    put(17, 2, of_day / 1000 % 60);
-    put(20, 3, of_day % 1000);
+    let (year, of_day) = (year as u32, of_day as u32);
+    put(&mut text, 0, year / 100);
+    put(&mut text, 2, year % 100);
+    put(&mut text, 5, month as u32);
+    put(&mut text, 8, day as u32);
+    put(&mut text, 11, of_day / 3_600_000);
+    put(&mut text, 14, of_day / 60_000 % 60);
+    put(&mut text, 17, of_day / 1000 % 60);
+    put(&mut text, 20, of_day % 1000 / 10);
+    text[22] = b'0' + (of_day % 10) as u8;
     text
+}
+
+/// Two digits.
+#[inline]
+fn put(text: &mut [u8; TEXT_LEN], at: usize, number: u32) {
+    text[at] = b'0' + (number / 10) as u8;
+    text[at + 1] = b'0' + (number % 10) as u8;
 }
 
 /// A date and time of day, zone not yet applied.
