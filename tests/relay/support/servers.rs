@@ -187,11 +187,16 @@ pub fn http(
     // A server that refuses a body early closes; its answer is still to be read.
     let sent = stream.write_all(body);
     let mut answer = Vec::new();
-    match stream.read_to_end(&mut answer) {
-        Ok(_) => {}
-        // A reset after the whole answer, because not all of the body was read.
-        Err(_) if !answer.is_empty() => {}
-        Err(error) => return Err(sent.err().unwrap_or(error)),
+    let mut piece = vec![0; 64 * 1024];
+    // Elasticsearch 9 answers 413 and leaves the connection open, whatever the request said: the end is not waited for.
+    while !is_whole(&answer) {
+        match stream.read(&mut piece) {
+            Ok(0) => break,
+            Ok(length) => answer.extend_from_slice(&piece[..length]),
+            // A reset after an early answer, because not all of the body was read.
+            Err(_) if !answer.is_empty() => break,
+            Err(error) => return Err(sent.err().unwrap_or(error)),
+        }
     }
     parse_answer(&answer).ok_or_else(|| {
         io::Error::new(
@@ -199,6 +204,29 @@ pub fn http(
             "the answer is no whole HTTP response",
         )
     })
+}
+
+/// Whether all that the head announces is there; without a length, only the end of the connection tells.
+fn is_whole(answer: &[u8]) -> bool {
+    let Some(end) = memchr::memmem::find(answer, b"\r\n\r\n") else {
+        return false;
+    };
+    let head = String::from_utf8_lossy(&answer[..end]).to_ascii_lowercase();
+    let body = &answer[end + 4..];
+    match head
+        .lines()
+        .find_map(|line| line.strip_prefix("content-length:"))
+    {
+        Some(length) => length
+            .trim()
+            .parse()
+            .is_ok_and(|length| body.len() >= length),
+        None => {
+            head.contains("transfer-encoding: chunked")
+                && body.ends_with(b"0\r\n\r\n")
+                && unchunk(body).is_some()
+        }
+    }
 }
 
 fn parse_answer(answer: &[u8]) -> Option<(u16, String)> {
@@ -520,7 +548,11 @@ fn run_start(version: &str, folder: &Path, options: &[&str]) -> Option<String> {
     match output.status.code() {
         Some(0) => Some(String::from_utf8_lossy(&output.stdout).trim().to_owned()),
         Some(77) => {
-            skip(&messages);
+            // The reason is the last that the script says; before it stands how far it came.
+            let reason = messages
+                .rfind("scripts/elasticsearch: ")
+                .map_or(&*messages, |at| &messages[at..]);
+            skip(reason);
             None
         }
         _ => panic!(
