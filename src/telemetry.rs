@@ -236,6 +236,13 @@ impl Progress {
         Progress { bar: Some(shown) }
     }
 
+    /// More was found to send.
+    pub fn set_total(&self, bytes: u64) {
+        if let Some(bar) = &self.bar {
+            bar.set_length(bytes);
+        }
+    }
+
     /// What has been receipted so far.
     pub fn set(&self, bytes: u64, lines: u64) {
         let Some(bar) = &self.bar else { return };

@@ -246,9 +246,10 @@ impl Follower {
             return;
         }
         let is_known = self.resting.get(&inode) == Some(&stamp)
-            || self.copies.get(&inode).is_some_and(|(known, at)| {
-                *known == stamp && at.elapsed() < COPY_AGAIN_AFTER
-            })
+            || self
+                .copies
+                .get(&inode)
+                .is_some_and(|(known, at)| *known == stamp && at.elapsed() < COPY_AGAIN_AFTER)
             || found.iter().any(|found| found.tail.inode() == inode);
         if is_known {
             return;
@@ -483,7 +484,9 @@ impl Follower {
                 Ok(stream) => {
                     self.tasks.spawn(stream.run());
                 }
-                Err(error) => error!(%run, %error, "lost: the copy of a deleted file is unreadable"),
+                Err(error) => {
+                    error!(%run, %error, "lost: the copy of a deleted file is unreadable")
+                }
             }
         }
     }

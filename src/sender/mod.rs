@@ -194,9 +194,8 @@ pub async fn run(config: SendConfig, shutdown: Shutdown) -> Result<Summary, Send
     };
     let (receipts, receipts_thread) = match &config.receipts {
         Some(target) => {
-            let (receipts, thread) = Receipts::open(target).map_err(|source| {
-                SendError::Receipts { path: format!("{target:?}"), source }
-            })?;
+            let (receipts, thread) = Receipts::open(target)
+                .map_err(|source| SendError::Receipts { path: format!("{target:?}"), source })?;
             (Some(receipts), Some(thread))
         }
         None => (None, None),
@@ -352,8 +351,9 @@ impl Saver {
             }
             Ok(())
         };
-        let saved: io::Result<()> =
-            tokio::task::spawn_blocking(save).await.unwrap_or_else(|error| Err(io::Error::other(error)));
+        let saved: io::Result<()> = tokio::task::spawn_blocking(save)
+            .await
+            .unwrap_or_else(|error| Err(io::Error::other(error)));
         if let Err(error) = saved {
             warn!(%error, "positions cannot be saved: after a crash, lines are sent again; free \
                 some space in the state directory");

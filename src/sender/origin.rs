@@ -271,8 +271,7 @@ fn frame(message: BytesMut, request: &Request, read_at: u64) -> Framed {
     let continues = matches!(request.framing, Framing::Lines { .. })
         && request.before.last().is_some_and(|&byte| byte != b'\n' && byte != 0);
     let flags = FrameFlags { zstd: false, resend: request.resend, continues };
-    let message =
-        DataFrame::encode_in_place(message, request.handle, flags, request.from, read_at);
+    let message = DataFrame::encode_in_place(message, request.handle, flags, request.from, read_at);
     let records = message.slice(FRAME_HEADER_BYTES..);
     let message = if request.compress {
         let (handle, offset, records) = (request.handle, request.from, records.clone());

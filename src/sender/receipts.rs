@@ -54,7 +54,8 @@ impl Receipts {
         };
         let (lines, waiting) = mpsc::channel(WAITING_MAX);
         let writer = std::thread::Builder::new().name("receipts".to_owned());
-        let thread = writer.spawn(move || run(waiting, BufWriter::with_capacity(64 << 10, output)))?;
+        let thread =
+            writer.spawn(move || run(waiting, BufWriter::with_capacity(64 << 10, output)))?;
         Ok((Receipts { lines }, thread))
     }
 

@@ -210,7 +210,8 @@ impl Stream {
             failed: false,
         };
         changed.retain(|entry| !dropped.contains(&entry.row.segment));
-        let newest_is_open = stream.segments.back().is_some_and(|segment| segment.window.end().is_none());
+        let newest_is_open =
+            stream.segments.back().is_some_and(|segment| segment.window.end().is_none());
         if newest_is_open {
             stream.context.state.commit(&changed.iter().collect::<Vec<_>>(), &dropped)?;
             stream.follow_configuration()?;
@@ -636,8 +637,7 @@ impl Stream {
 
     async fn commit(&self, changed: Vec<Entry>, dropped: Vec<SegmentId>) -> io::Result<()> {
         let state = self.context.state.clone();
-        let commit =
-            move || state.commit(&changed.iter().collect::<Vec<_>>(), &dropped);
+        let commit = move || state.commit(&changed.iter().collect::<Vec<_>>(), &dropped);
         tokio::task::spawn_blocking(commit).await.map_err(io::Error::other)?
     }
 
@@ -676,9 +676,9 @@ impl Stream {
                     path = %segment.entry.row.path, before = run.to, lines = run.lines, ?reason,
                     "parked: the lines lie in the dead letter under their own ids"
                 ),
-                Verdict::Deferred { reason, after } => self.context.deferrals.say(
-                    &segment.entry.row.path, reason, *after,
-                ),
+                Verdict::Deferred { reason, after } => {
+                    self.context.deferrals.say(&segment.entry.row.path, reason, *after)
+                }
                 _ => {}
             }
         }
@@ -720,7 +720,9 @@ impl Stream {
         for segment in &mut self.segments {
             let Some(anchor) = segment.window.take_anchor() else { continue };
             segment.progress.advance(anchor);
-            if let Some(first) = first.as_ref().filter(|f| f.length > segment.progress.prefix.length) {
+            if let Some(first) =
+                first.as_ref().filter(|f| f.length > segment.progress.prefix.length)
+            {
                 segment.progress.prefix = first.clone();
             }
             segment.progress.seen_ms = super::origin::now_ms();
@@ -848,7 +850,8 @@ impl Stream {
         ended.row.end = Some(at);
         let empty = at == ended.row.start && newest.window.frontier() == at;
         let id = newest.id();
-        let (changed, dropped) = if empty { (vec![], vec![id]) } else { (vec![ended.clone()], vec![]) };
+        let (changed, dropped) =
+            if empty { (vec![], vec![id]) } else { (vec![ended.clone()], vec![]) };
         self.open_row(at, changed, dropped, link)?;
         let number = self.segments.len() - 2;
         if empty {
@@ -936,10 +939,8 @@ impl Stream {
             if entry.row.segment == id {
                 segment.entry = entry;
             } else {
-                let progress = Progress {
-                    position: segment.window.position(),
-                    ..segment.progress.clone()
-                };
+                let progress =
+                    Progress { position: segment.window.position(), ..segment.progress.clone() };
                 *segment = Segment::new(entry, progress, origin)?;
                 self.context.state.set_progress(segment.id(), segment.progress.clone());
             }
@@ -1048,11 +1049,7 @@ enum Step {
 
 /// Where a file is now.
 pub fn place(tail: &Tail) -> Place {
-    Place {
-        path: escape_path(tail.path()),
-        device: tail.inode().device,
-        inode: tail.inode().inode,
-    }
+    Place { path: escape_path(tail.path()), device: tail.inode().device, inode: tail.inode().inode }
 }
 
 /// Takes a file that was recognised.

@@ -162,7 +162,7 @@ impl Window {
     pub fn next(&self, now: Instant) -> Next {
         for span in &self.spans {
             match span.state {
-                SpanState::Unsent => return Next::Again { from: span.from, to: span.to },
+                SpanState::Unsent => return span.again(),
                 SpanState::Waiting(until) if until <= now => {
                     return span.again();
                 }

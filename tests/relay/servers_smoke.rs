@@ -28,11 +28,7 @@ fn shared_elasticsearch_answers_a_repeated_create_with_409() {
         return;
     };
     let (status, answer) = elasticsearch.bulk(&creates("smoke-repeat", 0..1));
-    assert_eq!(
-        (status, &answer["items"][0]["create"]["status"]),
-        (200, &json!(201)),
-        "{answer}"
-    );
+    assert_eq!((status, &answer["items"][0]["create"]["status"]), (200, &json!(201)), "{answer}");
     let (status, answer) = elasticsearch.bulk(&creates("smoke-repeat", 0..2));
     assert_eq!(status, 200);
     assert_eq!(answer["items"][0]["create"]["status"], 409);
@@ -74,12 +70,7 @@ fn killed_elasticsearch_comes_back_with_its_data_and_address() {
     assert_eq!(elasticsearch.count("smoke-*"), 1_000);
     elasticsearch.pause();
     elasticsearch.resume();
-    assert_eq!(
-        elasticsearch
-            .request("POST", "/smoke-kill/_flush", &Value::Null)
-            .0,
-        200
-    );
+    assert_eq!(elasticsearch.request("POST", "/smoke-kill/_flush", &Value::Null).0, 200);
 }
 
 #[test]
@@ -108,11 +99,9 @@ fn nginx_serves_reloads_stops_and_starts_again() {
     assert_eq!(status().expect("an answer"), 504);
     // nginx logs after it has answered, so an answer does not mean a line yet.
     let log = nginx.folder().join("access.log");
-    wait_until(
-        "a line in the access log of the test's folder",
-        SOON,
-        || fs::read_to_string(&log).is_ok_and(|text| text.contains("\" 504 ")),
-    );
+    wait_until("a line in the access log of the test's folder", SOON, || {
+        fs::read_to_string(&log).is_ok_and(|text| text.contains("\" 504 "))
+    });
 }
 
 /// A certificate for `logs.example.org`, as nginx needs one to accept the receiver's file.
@@ -131,27 +120,11 @@ fn shipped_receiver_front_passes_websockets_to_the_unix_socket() {
     let at = |name: &str| folder.path().join(name).display().to_string();
     let (tls, plain) = (free_port(), free_port());
     let shipped = fs::read_to_string(root().join("nginx/receiver.conf")).expect("the shipped file");
-    let shipped = replace(
-        &shipped,
-        "/etc/ssl/certs/logs.example.org.pem",
-        &at("tls.pem"),
-    );
-    let shipped = replace(
-        &shipped,
-        "/etc/ssl/private/logs.example.org.key",
-        &at("tls.key"),
-    );
-    let shipped = replace(
-        &shipped,
-        "listen 443 ssl;",
-        &format!("listen 127.0.0.1:{tls} ssl;"),
-    );
+    let shipped = replace(&shipped, "/etc/ssl/certs/logs.example.org.pem", &at("tls.pem"));
+    let shipped = replace(&shipped, "/etc/ssl/private/logs.example.org.key", &at("tls.key"));
+    let shipped = replace(&shipped, "listen 443 ssl;", &format!("listen 127.0.0.1:{tls} ssl;"));
     // Without TLS here, so that the test can speak to it over a bare connection.
-    let shipped = replace(
-        &shipped,
-        "listen [::]:443 ssl;",
-        &format!("listen 127.0.0.1:{plain};"),
-    );
+    let shipped = replace(&shipped, "listen [::]:443 ssl;", &format!("listen 127.0.0.1:{plain};"));
     let shipped = replace(
         &shipped,
         "unix:/run/waybill/receive.sock:",
@@ -169,9 +142,7 @@ fn shipped_receiver_front_passes_websockets_to_the_unix_socket() {
         let head = read_head(&mut stream);
         stream.write_all(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n").expect("sent");
         let mut bytes = [0; 4];
-        stream
-            .read_exact(&mut bytes)
-            .expect("the bytes after the upgrade");
+        stream.read_exact(&mut bytes).expect("the bytes after the upgrade");
         stream.write_all(&bytes).expect("sent");
         head.to_ascii_lowercase()
     });
@@ -193,10 +164,7 @@ fn shipped_receiver_front_passes_websockets_to_the_unix_socket() {
         "authorization: bearer token",
         "x-forwarded-for: 127.0.0.1",
     ] {
-        assert!(
-            head.contains(&format!("\r\n{line}\r\n")),
-            "no {line:?} in:\n{head}"
-        );
+        assert!(head.contains(&format!("\r\n{line}\r\n")), "no {line:?} in:\n{head}");
     }
 }
 
@@ -226,11 +194,7 @@ fn shipped_nginx_and_syslog_ng_files_carry_a_request_into_the_tailed_file() {
 
     let shipped =
         fs::read_to_string(root().join("nginx/access-log.conf")).expect("the shipped file");
-    let shipped = replace(
-        &shipped,
-        "/run/waybill/",
-        &format!("{}/", syslog_ng.folder().display()),
-    );
+    let shipped = replace(&shipped, "/run/waybill/", &format!("{}/", syslog_ng.folder().display()));
     let port = free_port();
     let server =
         format!("server {{ listen 127.0.0.1:{port}; location / {{ return 404 nothing; }} }}");
@@ -253,34 +217,23 @@ fn shipped_nginx_and_syslog_ng_files_carry_a_request_into_the_tailed_file() {
 
     let file = syslog_ng.folder().join("log/outgoing.log");
     let text = || fs::read_to_string(&file).unwrap_or_default();
-    wait_until("both lines in the tailed file", SOON, || {
-        text().lines().count() >= 2
-    });
+    wait_until("both lines in the tailed file", SOON, || text().lines().count() >= 2);
     let text = text();
     let line = text
         .lines()
         .find(|line| line.contains(" nginx "))
         .unwrap_or_else(|| panic!("no nginx line in:\n{text}"));
-    let document = &line[line
-        .find('{')
-        .unwrap_or_else(|| panic!("no JSON in: {line}"))..];
+    let document = &line[line.find('{').unwrap_or_else(|| panic!("no JSON in: {line}"))..];
     let document: Value =
         serde_json::from_str(document).unwrap_or_else(|error| panic!("{error}: {line}"));
     assert_eq!(document["ip"], "127.0.0.1");
     assert_eq!(document["host"], "127.0.0.1");
     assert_eq!(document["path"], path);
     assert_eq!(document["status"], 404);
-    assert!(
-        document["length"]
-            .as_u64()
-            .is_some_and(|length| length > 100),
-        "{document}"
-    );
+    assert!(document["length"].as_u64().is_some_and(|length| length > 100), "{document}");
     assert!(document["generation_time_milli"].is_u64(), "{document}");
     assert!(
-        document["date"]
-            .as_str()
-            .is_some_and(|date| date.parse::<jiff::Timestamp>().is_ok()),
+        document["date"].as_str().is_some_and(|date| date.parse::<jiff::Timestamp>().is_ok()),
         "{document}"
     );
     for key in ["referrer", "user_agent"] {
@@ -296,16 +249,10 @@ fn shipped_nginx_and_syslog_ng_files_carry_a_request_into_the_tailed_file() {
 #[test]
 fn elasticsearch_script_explains_itself() {
     let script = root().join("scripts/elasticsearch");
-    let help = Command::new(&script)
-        .arg("--help")
-        .output()
-        .expect("the script runs");
+    let help = Command::new(&script).arg("--help").output().expect("the script runs");
     assert!(help.status.success());
     assert!(String::from_utf8_lossy(&help.stdout).contains("--http-max-content-length"));
-    let wrong = Command::new(&script)
-        .args(["start", "6.8"])
-        .output()
-        .expect("the script runs");
+    let wrong = Command::new(&script).args(["start", "6.8"]).output().expect("the script runs");
     assert_eq!(wrong.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&wrong.stderr).contains("opensearch-3.8"));
 }
@@ -313,9 +260,6 @@ fn elasticsearch_script_explains_itself() {
 /// A test that replaces what is no longer there would test nothing.
 #[track_caller]
 fn replace(text: &str, from: &str, to: &str) -> String {
-    assert!(
-        text.contains(from),
-        "the shipped file no longer holds {from:?}"
-    );
+    assert!(text.contains(from), "the shipped file no longer holds {from:?}");
     text.replace(from, to)
 }

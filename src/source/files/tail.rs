@@ -215,7 +215,7 @@ impl Stamp {
 struct Decoder {
     kind: Compression,
     stamp: Stamp,
-    stream: Option<Box<dyn Read + Send>>,
+    stream: Option<Box<dyn Read + Send + Sync>>,
     at: u64,
     length: Option<u64>,
 }
@@ -268,7 +268,7 @@ impl Decoder {
         Ok(read)
     }
 
-    fn start(&self, file: &File) -> io::Result<Box<dyn Read + Send>> {
+    fn start(&self, file: &File) -> io::Result<Box<dyn Read + Send + Sync>> {
         // By pread: a duplicated descriptor would share its place with the original.
         let reader =
             BufReader::with_capacity(64 << 10, FromStart { file: file.try_clone()?, at: 0 });

@@ -116,13 +116,9 @@ fn have(program: &str, package: &str) -> bool {
         skip(&format!("{program}: left out by --quick"));
         return false;
     }
-    let found = search_path()
-        .into_iter()
-        .any(|folder| folder.join(program).is_file());
+    let found = search_path().into_iter().any(|folder| folder.join(program).is_file());
     if !found {
-        skip(&format!(
-            "{program} is missing; install it: apt-get install {package}"
-        ));
+        skip(&format!("{program} is missing; install it: apt-get install {package}"));
     }
     found
 }
@@ -137,10 +133,8 @@ fn search_path() -> Vec<PathBuf> {
 
 fn daemon(program: &str) -> Command {
     let mut command = Command::new(program);
-    command.env(
-        "PATH",
-        std::env::join_paths(search_path()).expect("folders of a PATH hold no colon"),
-    );
+    command
+        .env("PATH", std::env::join_paths(search_path()).expect("folders of a PATH hold no colon"));
     command
 }
 
@@ -199,10 +193,7 @@ pub fn http(
         }
     }
     parse_answer(&answer).ok_or_else(|| {
-        io::Error::new(
-            io::ErrorKind::InvalidData,
-            "the answer is no whole HTTP response",
-        )
+        io::Error::new(io::ErrorKind::InvalidData, "the answer is no whole HTTP response")
     })
 }
 
@@ -213,14 +204,8 @@ fn is_whole(answer: &[u8]) -> bool {
     };
     let head = String::from_utf8_lossy(&answer[..end]).to_ascii_lowercase();
     let body = &answer[end + 4..];
-    match head
-        .lines()
-        .find_map(|line| line.strip_prefix("content-length:"))
-    {
-        Some(length) => length
-            .trim()
-            .parse()
-            .is_ok_and(|length| body.len() >= length),
+    match head.lines().find_map(|line| line.strip_prefix("content-length:")) {
+        Some(length) => length.trim().parse().is_ok_and(|length| body.len() >= length),
         None => {
             head.contains("transfer-encoding: chunked")
                 && body.ends_with(b"0\r\n\r\n")
@@ -231,18 +216,12 @@ fn is_whole(answer: &[u8]) -> bool {
 
 fn parse_answer(answer: &[u8]) -> Option<(u16, String)> {
     let end = memchr::memmem::find(answer, b"\r\n\r\n")?;
-    let head = std::str::from_utf8(&answer[..end])
-        .ok()?
-        .to_ascii_lowercase();
+    let head = std::str::from_utf8(&answer[..end]).ok()?.to_ascii_lowercase();
     let body = &answer[end + 4..];
     let status = head.split(' ').nth(1)?.parse().ok()?;
-    let length = head
-        .lines()
-        .find_map(|line| line.strip_prefix("content-length:"))
-        .map(str::trim);
-    let chunked = head
-        .lines()
-        .any(|line| line.starts_with("transfer-encoding:") && line.contains("chunked"));
+    let length = head.lines().find_map(|line| line.strip_prefix("content-length:")).map(str::trim);
+    let chunked =
+        head.lines().any(|line| line.starts_with("transfer-encoding:") && line.contains("chunked"));
     let body = match length {
         _ if chunked => unchunk(body)?,
         // A cut answer must not pass for a whole one.
@@ -341,21 +320,14 @@ impl Elasticsearch {
     pub fn kill_hard(&self) {
         self.signal(libc::SIGKILL);
         // The port is refused only once the process is gone.
-        wait_until(
-            "the killed node to be gone",
-            Duration::from_secs(30),
-            || TcpStream::connect(&self.host_port).is_err(),
-        );
+        wait_until("the killed node to be gone", Duration::from_secs(30), || {
+            TcpStream::connect(&self.host_port).is_err()
+        });
     }
 
     /// Starts the killed node again: same folder, same port. Returns when it answers.
     pub fn restart(&self) {
-        let port = self
-            .host_port
-            .rsplit(':')
-            .next()
-            .expect("host:port")
-            .to_owned();
+        let port = self.host_port.rsplit(':').next().expect("host:port").to_owned();
         run_start(&self.version, self.own_folder(), &["--port", &port])
             .expect("what started before has everything that it needs");
     }
@@ -379,11 +351,7 @@ impl Elasticsearch {
     /// One request with a JSON body (`Value::Null` for none). The answer is `Null` where it is no JSON.
     #[track_caller]
     pub fn request(&self, method: &str, path: &str, body: &Value) -> (u16, Value) {
-        let body = if body.is_null() {
-            Vec::new()
-        } else {
-            body.to_string().into_bytes()
-        };
+        let body = if body.is_null() { Vec::new() } else { body.to_string().into_bytes() };
         self.request_bytes(method, path, "application/json", &body)
     }
 
@@ -415,10 +383,7 @@ impl Elasticsearch {
         }
         let (status, answer) = self.request("GET", &format!("/{pattern}/_count"), &Value::Null);
         assert_eq!(status, 200, "_count of {pattern}: {answer}");
-        assert_eq!(
-            answer["_shards"]["failed"], 0,
-            "_count of {pattern} missed shards: {answer}"
-        );
+        assert_eq!(answer["_shards"]["failed"], 0, "_count of {pattern} missed shards: {answer}");
         answer["count"].as_u64().expect("a count is a number")
     }
 
@@ -440,11 +405,7 @@ impl Elasticsearch {
         self.scroll(pattern, true, |mut hit| {
             let id = hit["_id"].as_str().expect("an id is text").to_owned();
             let twice = documents.insert(id, hit["_source"].take());
-            assert!(
-                twice.is_none(),
-                "the id {} stands in two indices of {pattern}",
-                hit["_id"]
-            );
+            assert!(twice.is_none(), "the id {} stands in two indices of {pattern}", hit["_id"]);
         });
         documents
     }
@@ -491,10 +452,7 @@ impl Elasticsearch {
 
     fn signal(&self, number: libc::c_int) {
         let file = self.own_folder().join("pid");
-        let pid = read_lossy(&file)
-            .trim()
-            .parse()
-            .expect("the script leaves the process id");
+        let pid = read_lossy(&file).trim().parse().expect("the script leaves the process id");
         signal(pid, number);
     }
 }
@@ -503,11 +461,7 @@ impl Drop for Elasticsearch {
     fn drop(&mut self) {
         if self.folder.is_some() {
             if thread::panicking() {
-                eprintln!(
-                    "--- the log of Elasticsearch {}:\n{}",
-                    self.version,
-                    self.log()
-                );
+                eprintln!("--- the log of Elasticsearch {}:\n{}", self.version, self.log());
             }
             // Killed already, perhaps: then nobody has this process id and the folder names one that is gone.
             if TcpStream::connect(&self.host_port).is_ok() {
@@ -521,10 +475,7 @@ impl Drop for Elasticsearch {
 }
 
 fn host_port(url: &str) -> String {
-    url.trim()
-        .trim_start_matches("http://")
-        .trim_end_matches('/')
-        .to_owned()
+    url.trim().trim_start_matches("http://").trim_end_matches('/').to_owned()
 }
 
 /// Runs the script; its URL, or `None` and a noted skip where a program or a JDK is missing.
@@ -549,16 +500,14 @@ fn run_start(version: &str, folder: &Path, options: &[&str]) -> Option<String> {
         Some(0) => Some(String::from_utf8_lossy(&output.stdout).trim().to_owned()),
         Some(77) => {
             // The reason is the last that the script says; before it stands how far it came.
-            let reason = messages
-                .rfind("scripts/elasticsearch: ")
-                .map_or(&*messages, |at| &messages[at..]);
+            let reason =
+                messages.rfind("scripts/elasticsearch: ").map_or(&*messages, |at| &messages[at..]);
             skip(reason);
             None
         }
-        _ => panic!(
-            "scripts/elasticsearch start {version} failed ({}):\n{messages}",
-            output.status
-        ),
+        _ => {
+            panic!("scripts/elasticsearch start {version} failed ({}):\n{messages}", output.status)
+        }
     }
 }
 
@@ -574,10 +523,7 @@ impl Nginx {
     /// `text` is a whole configuration (`events {}`, `http { … }`) without `pid`, `daemon` and a main `error_log`.
     /// Relative paths in it lie in `folder()`. Returns once the daemon has bound its sockets.
     pub fn start(text: &str) -> Option<Nginx> {
-        Self::start_in(
-            tempfile::tempdir().expect("a temporary folder can be made"),
-            text,
-        )
+        Self::start_in(tempfile::tempdir().expect("a temporary folder can be made"), text)
     }
 
     /// The same in a folder that holds certificates, sockets or password files already.
@@ -594,10 +540,7 @@ impl Nginx {
         command.args(["-g", "daemon off;"]);
         let process = Daemon::start("nginx", folder, command);
         let pid = process.folder().join("nginx.pid");
-        let nginx = Nginx {
-            process,
-            configuration,
-        };
+        let nginx = Nginx { process, configuration };
         nginx.process.wait_for(
             "nginx to write its pid file, which it does once its sockets are bound",
             || !read_lossy(&pid).is_empty() && !nginx.workers().is_empty(),
@@ -659,9 +602,7 @@ impl Nginx {
         let mut command = nginx_command(self.folder());
         command.args(["-g", "daemon off;"]);
         self.process.restart(command);
-        self.process.wait_for("nginx to write its pid file", || {
-            !read_lossy(&pid).is_empty()
-        });
+        self.process.wait_for("nginx to write its pid file", || !read_lossy(&pid).is_empty());
     }
 
     /// Workers that take connections: those that shut down have that in their title.
@@ -711,10 +652,7 @@ fn write_nginx(file: &Path, text: &str) {
 fn nginx_command(folder: &Path) -> Command {
     let mut command = daemon("nginx");
     // Relative paths in a configuration are relative to the prefix.
-    command
-        .arg("-p")
-        .arg(folder)
-        .args(["-e", "error.log", "-c", "nginx.conf"]);
+    command.arg("-p").arg(folder).args(["-e", "error.log", "-c", "nginx.conf"]);
     command
 }
 
@@ -724,10 +662,7 @@ fn run_nginx(folder: &Path, arguments: &[&str]) -> (ExitStatus, String) {
         .stdin(Stdio::null())
         .output()
         .expect("nginx was found on the PATH");
-    (
-        output.status,
-        String::from_utf8_lossy(&output.stderr).into_owned(),
-    )
+    (output.status, String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
 fn children(pid: u32) -> Vec<u32> {
@@ -749,10 +684,7 @@ impl SyslogNg {
     /// `text` is a whole configuration with its `@version`; `@FOLDER@` in it stands for `folder()`. Returns once the
     /// daemon answers on its control socket, which it does once its sources are open.
     pub fn start(text: &str) -> Option<SyslogNg> {
-        Self::start_in(
-            tempfile::tempdir().expect("a temporary folder can be made"),
-            text,
-        )
+        Self::start_in(tempfile::tempdir().expect("a temporary folder can be made"), text)
     }
 
     pub fn start_in(folder: TempDir, text: &str) -> Option<SyslogNg> {
@@ -765,10 +697,7 @@ impl SyslogNg {
         let configuration = folder.path().join("syslog-ng.conf");
         let command = syslog_ng_command(folder.path());
         let process = Daemon::start("syslog-ng", folder, command);
-        let syslog_ng = SyslogNg {
-            process,
-            configuration,
-        };
+        let syslog_ng = SyslogNg { process, configuration };
         syslog_ng.wait_for_control();
         Some(syslog_ng)
     }
@@ -783,11 +712,8 @@ impl SyslogNg {
         if let Err(said) = check_syslog_ng(self.folder(), text) {
             panic!("syslog-ng refuses the configuration:\n{said}");
         }
-        fs::write(
-            &self.configuration,
-            text.replace("@FOLDER@", &self.folder().to_string_lossy()),
-        )
-        .expect("a configuration can be written");
+        fs::write(&self.configuration, text.replace("@FOLDER@", &self.folder().to_string_lossy()))
+            .expect("a configuration can be written");
         // The answer comes after the reload, unlike that of SIGHUP.
         let (status, said) = self.control("reload");
         assert!(status.success(), "syslog-ng-ctl reload: {said}");
@@ -797,10 +723,7 @@ impl SyslogNg {
     pub fn control(&self, command: &str) -> (ExitStatus, String) {
         let output = daemon("syslog-ng-ctl")
             .arg(command)
-            .arg(format!(
-                "--control={}",
-                self.folder().join("syslog-ng.ctl").display()
-            ))
+            .arg(format!("--control={}", self.folder().join("syslog-ng.ctl").display()))
             .stdin(Stdio::null())
             .output()
             .expect("syslog-ng-ctl comes with syslog-ng");
@@ -834,10 +757,9 @@ impl SyslogNg {
     }
 
     fn wait_for_control(&self) {
-        self.process
-            .wait_for("syslog-ng to answer on its control socket", || {
-                self.control("stats").0.success()
-            });
+        self.process.wait_for("syslog-ng to answer on its control socket", || {
+            self.control("stats").0.success()
+        });
     }
 }
 
@@ -883,11 +805,7 @@ struct Daemon {
 
 impl Daemon {
     fn start(name: &'static str, folder: TempDir, command: Command) -> Daemon {
-        let mut daemon = Daemon {
-            name,
-            folder,
-            child: None,
-        };
+        let mut daemon = Daemon { name, folder, child: None };
         daemon.restart(command);
         daemon
     }
@@ -895,11 +813,8 @@ impl Daemon {
     fn restart(&mut self, mut command: Command) {
         assert!(self.child.is_none(), "{} runs already", self.name);
         let output = self.folder.path().join("output.log");
-        let output = File::options()
-            .create(true)
-            .append(true)
-            .open(output)
-            .expect("a log can be written");
+        let output =
+            File::options().create(true).append(true).open(output).expect("a log can be written");
         command
             .current_dir(self.folder.path())
             .stdin(Stdio::null())
@@ -919,14 +834,8 @@ impl Daemon {
     }
 
     fn pid(&self) -> u32 {
-        let child = self
-            .child
-            .as_ref()
-            .unwrap_or_else(|| panic!("{} does not run", self.name));
-        child
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-            .id()
+        let child = self.child.as_ref().unwrap_or_else(|| panic!("{} does not run", self.name));
+        child.lock().unwrap_or_else(std::sync::PoisonError::into_inner).id()
     }
 
     fn ended(&self) -> Option<ExitStatus> {
@@ -957,18 +866,12 @@ impl Daemon {
         let Some(child) = self.child.take() else {
             return;
         };
-        let mut child = child
-            .into_inner()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut child = child.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
         for &(number, seconds) in signals {
             signal(child.id(), number);
             let deadline = Instant::now() + Duration::from_secs(seconds);
             while Instant::now() < deadline {
-                if child
-                    .try_wait()
-                    .expect("a child can be waited for")
-                    .is_some()
-                {
+                if child.try_wait().expect("a child can be waited for").is_some() {
                     return;
                 }
                 thread::sleep(Duration::from_millis(10));
@@ -983,18 +886,10 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         self.stop(&[(libc::SIGKILL, 10)]);
         if thread::panicking() {
-            eprintln!(
-                "--- the output of {}:\n{}",
-                self.name,
-                tail(&self.output(), 100)
-            );
+            eprintln!("--- the output of {}:\n{}", self.name, tail(&self.output(), 100));
             let log = self.folder.path().join("error.log");
             if log.exists() {
-                eprintln!(
-                    "--- the error log of {}:\n{}",
-                    self.name,
-                    tail(&read_lossy(&log), 100)
-                );
+                eprintln!("--- the error log of {}:\n{}", self.name, tail(&read_lossy(&log), 100));
             }
         }
     }
