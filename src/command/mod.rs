@@ -3,15 +3,30 @@
 //! A command says by its [`Exit`] how it ended, and has told a person why before it returns.
 
 pub mod demo;
+pub mod receive;
 pub mod search;
+pub mod send;
+pub mod setup;
 pub mod token;
 
 use std::io;
+use std::time::SystemTime;
 
-use crate::cli::{Cli, Command};
-use crate::config::{ConfigError, Environment};
+use anyhow::Context;
+use jiff::Timestamp;
+use tracing::warn;
+
+use crate::cli::{self, Cli, Command};
+use crate::config::{
+    ConfigError, Environment, Loaded, default_store, load_elasticsearch, load_receive,
+};
+use crate::destination::elasticsearch::Client;
 use crate::exit::Exit;
-use crate::telemetry;
+use crate::search::{QueryError, SearchArgs, SearchTarget};
+use crate::{shutdown, telemetry};
+
+use search::Outcome;
+use token::TokenAction;
 
 /// Threads of the runtime: a companion leaves the other cores to what it serves.
 const WORKER_THREADS: usize = 2;
@@ -20,10 +35,77 @@ const WORKER_THREADS: usize = 2;
 pub fn run(cli: Cli) -> Exit {
     let environment = Environment::of_process();
     let result = match cli.command {
-        Command::Demo(demo) => with_runtime(demo::run(demo, environment)),
-        _ => Ok(Exit::Usage),
+        Command::Send(args) => with_runtime(send::run(*args, environment)),
+        Command::Receive(args) => with_runtime(receive(*args, environment)),
+        Command::Token(args) => token(args, &environment),
+        Command::Search(args) => with_runtime(search(args, environment)),
+        Command::Setup(args) => with_runtime(setup::run(args, environment)),
+        Command::Demo(args) => with_runtime(demo::run(args, environment)),
     };
     result.unwrap_or_else(|error| failure(&error))
+}
+
+async fn receive(args: cli::Receive, environment: Environment) -> anyhow::Result<Exit> {
+    let file = args.config.clone();
+    let loaded = load_receive(args.layer(&environment), file.as_deref(), &environment)?;
+    receive::run(begin(loaded), shutdown::install()).await?;
+    Ok(Exit::Done)
+}
+
+fn token(args: cli::Token, environment: &Environment) -> anyhow::Result<Exit> {
+    let file = environment.current_dir.join(args.tokens);
+    let types = (!args.types.is_empty()).then_some(args.types);
+    // A time so far away that no clock can say it is no end at all.
+    let expires = args
+        .expires
+        .and_then(|from_now| SystemTime::now().checked_add(from_now))
+        .and_then(|end| Timestamp::try_from(end).ok());
+    let action = match args.name {
+        Some(name) if args.rotate => TokenAction::Rotate { name, types, expires },
+        Some(name) if args.revoke => TokenAction::Revoke { name },
+        Some(name) => TokenAction::Mint { name, types, expires },
+        None => TokenAction::List,
+    };
+    token::run(&file, action)?;
+    Ok(Exit::Done)
+}
+
+async fn search(args: cli::Search, environment: Environment) -> anyhow::Result<Exit> {
+    let target = if args.elasticsearch.elasticsearch.is_empty() {
+        let typed = args.store.map(|file| environment.current_dir.join(file));
+        let file = typed.or_else(|| default_store(&environment));
+        SearchTarget::Store(file.context("no store: give --store FILE")?)
+    } else {
+        let (config, warnings) = load_elasticsearch(args.elasticsearch.layer(&environment))?;
+        for warning in warnings {
+            telemetry::report(&warning);
+        }
+        SearchTarget::Elasticsearch { config, index: args.index.wildcard() }
+    };
+    let typed = SearchArgs {
+        query: args.query.join(" "),
+        after: args.after,
+        before: args.before,
+        limit: usize::try_from(args.limit).unwrap_or(usize::MAX),
+        json: args.json,
+        target,
+    };
+    let outcome = search::run(typed, async |config, index, body| {
+        Ok(Client::new(config)?.search(index, body).await?)
+    });
+    match outcome.await? {
+        Outcome::Found => Ok(Exit::Done),
+        Outcome::NothingFound => Ok(Exit::Failed),
+    }
+}
+
+/// Sets up logging, tells the warnings, and hands out the configuration.
+fn begin<T>(loaded: Loaded<T>) -> T {
+    telemetry::init(loaded.log);
+    for warning in &loaded.warnings {
+        warn!("{warning}");
+    }
+    loaded.config
 }
 
 /// Runs a command's future to its end.
@@ -47,6 +129,8 @@ fn failure(error: &anyhow::Error) -> Exit {
     telemetry::report(&format!("{error:#}"));
     if error.chain().any(|cause| cause.is::<ConfigError>()) {
         Exit::Configuration
+    } else if error.chain().any(|cause| cause.is::<QueryError>()) {
+        Exit::Usage
     } else {
         Exit::Failed
     }

@@ -12,12 +12,74 @@ mod reply;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use tokio::sync::OwnedSemaphorePermit;
+use thiserror::Error;
+use tokio::sync::{OwnedSemaphorePermit, watch};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
+use crate::config::DestinationConfig;
 use crate::parse::Segment;
+use elasticsearch::{Elasticsearch, Health};
+use embedded::Store;
 
 pub use queue::Queue;
 pub use reply::{Inbox, Reply};
+
+/// Where the documents of one receiver go.
+pub enum Destination {
+    /// A cluster.
+    Elasticsearch(Elasticsearch),
+    /// A file.
+    Embedded(Store),
+}
+
+/// Why a destination cannot be set up.
+#[derive(Debug, Error)]
+pub enum OpenError {
+    /// Its configuration is not usable.
+    #[error(transparent)]
+    Elasticsearch(#[from] elasticsearch::ConfigureError),
+    /// Its file is not usable.
+    #[error(transparent)]
+    Embedded(#[from] embedded::StoreError),
+}
+
+impl Destination {
+    /// Opens the store, or prepares a client: an Elasticsearch that is away is no error here.
+    pub fn open(config: &DestinationConfig) -> Result<Destination, OpenError> {
+        Ok(match config {
+            DestinationConfig::Elasticsearch(config) => {
+                Destination::Elasticsearch(Elasticsearch::new(config)?)
+            }
+            DestinationConfig::Embedded(config) => Destination::Embedded(Store::open(config)?),
+        })
+    }
+
+    /// Its identity, where it has one: a sender refuses two different ones at once.
+    pub fn id(&self) -> Option<Uuid> {
+        match self {
+            Destination::Elasticsearch(_) => None,
+            Destination::Embedded(store) => Some(store.destination_id()),
+        }
+    }
+
+    /// Follows whether it takes documents, where it may be away.
+    pub fn health(&self) -> Option<watch::Receiver<Health>> {
+        match self {
+            Destination::Elasticsearch(elasticsearch) => Some(elasticsearch.health()),
+            Destination::Embedded(_) => None,
+        }
+    }
+
+    /// Works until the queue is closed and empty. After `stop` nothing is tried again: what is
+    /// under way is answered, the rest never.
+    pub async fn run(self, queue: Arc<Queue>, stop: CancellationToken) {
+        match self {
+            Destination::Elasticsearch(elasticsearch) => elasticsearch.run(queue, stop).await,
+            Destination::Embedded(store) => store.run(queue, stop).await,
+        }
+    }
+}
 
 /// A data frame on its way into the destination.
 #[derive(Debug)]

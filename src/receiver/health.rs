@@ -1,20 +1,27 @@
-//! Whether the destination answers, judged by what comes back from it.
+//! Whether the destination answers: by its own word, and by what comes back from it.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use tokio::sync::watch;
+
+use crate::destination::elasticsearch;
+
 /// Frames that wait so long without any receipt mean a destination that does not answer.
 const STALLED_AFTER: Duration = Duration::from_secs(30);
 
-/// When the destination last gave a sign.
+/// What is known of the destination.
 #[derive(Debug)]
 pub(super) struct Health {
+    /// Its own word, where it has one.
+    word: Option<watch::Receiver<elasticsearch::Health>>,
+    /// When it last gave a sign.
     sign: Mutex<Instant>,
 }
 
 impl Health {
-    pub(super) fn new() -> Health {
-        Health { sign: Mutex::new(Instant::now()) }
+    pub(super) fn new(word: Option<watch::Receiver<elasticsearch::Health>>) -> Health {
+        Health { word, sign: Mutex::new(Instant::now()) }
     }
 
     /// A frame goes to the destination while it holds nothing else, or a final receipt came back.
@@ -32,6 +39,10 @@ impl Health {
     }
 
     fn is_ready_at(&self, in_use: bool, now: Instant) -> bool {
+        let ready = |word: &watch::Receiver<_>| *word.borrow() == elasticsearch::Health::Ready;
+        if !self.word.as_ref().is_none_or(ready) {
+            return false;
+        }
         let sign = *self.sign.lock().unwrap_or_else(PoisonError::into_inner);
         !in_use || now.duration_since(sign) < STALLED_AFTER
     }
@@ -43,7 +54,7 @@ mod tests {
 
     #[test]
     fn only_frames_that_wait_in_vain_make_it_unready() {
-        let health = Health::new();
+        let health = Health::new(None);
         let start = Instant::now();
         health.note_at(start);
         assert!(health.is_ready_at(true, start));
@@ -52,5 +63,16 @@ mod tests {
         assert!(!health.is_ready_at(true, later));
         health.note_at(later);
         assert!(health.is_ready_at(true, later));
+    }
+
+    #[test]
+    fn the_word_of_the_destination_counts() {
+        let (word, follow) = watch::channel(elasticsearch::Health::Starting);
+        let health = Health::new(Some(follow));
+        assert!(!health.is_ready(false));
+        word.send_replace(elasticsearch::Health::Ready);
+        assert!(health.is_ready(false));
+        word.send_replace(elasticsearch::Health::Down { reason: "away".to_owned() });
+        assert!(!health.is_ready(false));
     }
 }

@@ -20,12 +20,11 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
-use uuid::Uuid;
 
 pub use gate::Accepted;
 
 use crate::config::ReceiveConfig;
-use crate::destination::Queue;
+use crate::destination::{Destination, Queue};
 use crate::protocol::FRAME_BYTES_MAX;
 use crate::shutdown::Shutdown;
 use crate::transport::{Answer, Handler, Listener, Request, Socket};
@@ -63,10 +62,10 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    /// Reads the tokens file; `destination` is the identity of what empties `queue`.
+    /// Reads the tokens file; `destination` is what will empty `queue`.
     pub fn new(
         config: &ReceiveConfig,
-        destination: Option<Uuid>,
+        destination: &Destination,
         queue: Arc<Queue>,
         shutdown: Shutdown,
     ) -> Result<Receiver, TokensError> {
@@ -85,7 +84,7 @@ impl Receiver {
                 former_rules: config.former_rules.clone(),
                 days: config.days,
                 credit: config.credit.max(FRAME_BYTES_MAX as u64),
-                destination,
+                destination: destination.id(),
             }),
             tokens_file: config.tokens.clone(),
             tokens,
@@ -95,7 +94,7 @@ impl Receiver {
             memory_bytes_max,
             slots: Slots::default(),
             instances: Instances::default(),
-            health: Health::new(),
+            health: Health::new(destination.health()),
             sessions: TaskTracker::new(),
             shutdown,
             drain_timeout: config.drain_timeout,

@@ -8,6 +8,7 @@ use std::time::Duration;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::task::JoinHandle;
+use uuid::Uuid;
 
 use super::*;
 use crate::config::{DestinationConfig, EmbeddedConfig, Endpoint, EndpointAddress, Listen};
@@ -66,7 +67,8 @@ fn serve_with(change: impl FnOnce(&mut ReceiveConfig, &mut Duration)) -> Server 
     change(&mut config, &mut hello_timeout);
     let token = tokens::mint(&config.tokens, "web-1", None, None).expect("mint");
     let (queue, shutdown) = (Arc::new(Queue::default()), Shutdown::new());
-    let new = Receiver::new(&config, None, Arc::clone(&queue), shutdown.clone());
+    let store = Destination::open(&config.destination).expect("store");
+    let new = Receiver::new(&config, &store, Arc::clone(&queue), shutdown.clone());
     let mut receiver = new.expect("receiver");
     receiver.hello_timeout = hello_timeout;
     receiver.tokens_interval = Duration::from_millis(5);
