@@ -1,1 +1,117 @@
-//! One cancellation token and a drain deadline for the whole process.
+//! Stopping: one token that everything watches, one tracker that knows what still runs.
+
+use std::time::Duration;
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{info, warn};
+
+/// The wish to stop, and the tasks that must end before the process does.
+#[derive(Clone, Debug, Default)]
+pub struct Shutdown {
+    token: CancellationToken,
+    tracker: TaskTracker,
+}
+
+impl Shutdown {
+    /// Without signals: [`Shutdown::request`] alone stops.
+    pub fn new() -> Shutdown {
+        Shutdown::default()
+    }
+
+    /// Asks everything to stop reading and drain.
+    pub fn request(&self) {
+        self.token.cancel();
+    }
+
+    /// Whether a stop was asked for.
+    pub fn is_requested(&self) -> bool {
+        self.token.is_cancelled()
+    }
+
+    /// Waits until a stop is asked for. Dropping the future loses nothing.
+    pub async fn requested(&self) {
+        self.token.cancelled().await;
+    }
+
+    /// The token, for those that take one.
+    pub fn token(&self) -> CancellationToken {
+        self.token.clone()
+    }
+
+    /// Spawn on this what must end before the process does.
+    pub fn tracker(&self) -> &TaskTracker {
+        &self.tracker
+    }
+
+    /// Waits at most `timeout` until every tracked task has ended; says whether they did.
+    pub async fn drained(&self, timeout: Duration) -> bool {
+        self.tracker.close();
+        tokio::time::timeout(timeout, self.tracker.wait()).await.is_ok()
+    }
+}
+
+/// A [`Shutdown`] that follows signals: the first SIGTERM or SIGINT asks for a stop, the second
+/// ends the process at once with status 1. SIGHUP is logged and ignored: files that may change
+/// are read anew without it.
+///
+/// Must be called within a tokio runtime.
+pub fn install() -> Shutdown {
+    let shutdown = Shutdown::new();
+    let signals = [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()];
+    let [Ok(terminate), Ok(interrupt), Ok(hangup)] = signals.map(signal) else {
+        warn!("signals cannot be caught: a signal ends the process without a drain");
+        return shutdown;
+    };
+    tokio::spawn(watch(shutdown.clone(), terminate, interrupt, hangup));
+    shutdown
+}
+
+async fn watch(
+    shutdown: Shutdown,
+    mut terminate: Signal,
+    mut interrupt: Signal,
+    mut hangup: Signal,
+) {
+    loop {
+        let name = tokio::select! {
+            _ = terminate.recv() => "SIGTERM",
+            _ = interrupt.recv() => "SIGINT",
+            _ = hangup.recv() => {
+                info!("SIGHUP ignored: changed files are noticed without it");
+                continue;
+            }
+        };
+        if shutdown.is_requested() {
+            warn!(signal = name, "second signal: ending at once");
+            std::process::exit(1);
+        }
+        info!(signal = name, "stopping; a second signal ends at once");
+        shutdown.request();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_signal_asks_for_a_stop_and_tasks_are_waited_for() {
+        let shutdown = install();
+        let inside = shutdown.clone();
+        shutdown.tracker().spawn(async move { inside.requested().await });
+        let process = rustix::process::getpid();
+        rustix::process::kill_process(process, rustix::process::Signal::TERM).expect("kill");
+        shutdown.requested().await;
+        assert!(shutdown.drained(Duration::from_secs(60)).await);
+    }
+
+    #[tokio::test]
+    async fn a_task_that_does_not_end_is_given_up() {
+        let shutdown = Shutdown::new();
+        shutdown.tracker().spawn(std::future::pending::<()>());
+        shutdown.request();
+        assert!(!shutdown.drained(Duration::from_millis(1)).await);
+    }
+}

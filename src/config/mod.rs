@@ -1,4 +1,8 @@
 //! Checked configurations: what is true, after what was typed has been read.
+//!
+//! A *layer* holds what was typed in one place, each value parsed and with its place. `load_send`
+//! and `load_receive` lay the command line's over the file's and check the whole: what leaves here
+//! needs no further check, and every fault is told at once.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -6,6 +10,39 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::record::{Format, IndexRule, TypeName};
+
+mod check;
+mod environment;
+mod file;
+mod problem;
+mod receive;
+mod send;
+mod source;
+pub mod value;
+
+#[cfg(test)]
+mod tests;
+
+pub use check::{LogConfig, LogFormat, LogLayer, LogLevel};
+pub use environment::Environment;
+pub use problem::{At, ConfigError, Place, Problem};
+pub use receive::{
+    DEAD_LETTER_INDEX, ElasticsearchLayer, ReceiveLayer, StoreLayer, default_store,
+    load_elasticsearch, load_receive,
+};
+pub use send::{SendLayer, load_send};
+pub use source::{SourceLayer, SourceSettings, TypedInput, file_argument};
+
+/// A checked configuration.
+#[derive(Clone, Debug)]
+pub struct Loaded<T> {
+    /// What is true.
+    pub config: T,
+    /// How the process logs.
+    pub log: LogConfig,
+    /// What a person should know, to be logged once logging is set up.
+    pub warnings: Vec<String>,
+}
 
 /// What `waybill send` does.
 #[derive(Clone, Debug)]

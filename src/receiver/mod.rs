@@ -1,1 +1,149 @@
-//! Transport to destination: authentication, sessions, receipts back.
+//! From the transport to the destination, and receipts back.
+//!
+//! `command::receive` starts it with a bound listener and a queue whose other end a destination
+//! empties. It must never pass on a frame whose sender, type, day or index rule was not checked
+//! (I4, I8), nor hold more than its bytes (I7), nor make up a verdict (I1).
+
+mod connection;
+mod gate;
+mod health;
+mod outstanding;
+mod session;
+pub mod tokens;
+mod watch;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{info, warn};
+use uuid::Uuid;
+
+pub use gate::Accepted;
+
+use crate::config::ReceiveConfig;
+use crate::destination::Queue;
+use crate::protocol::FRAME_BYTES_MAX;
+use crate::shutdown::Shutdown;
+use crate::transport::{Answer, Handler, Listener, Request, Socket};
+use gate::{Instances, Slots};
+use health::Health;
+use session::Terms;
+use tokens::{Tokens, TokensError};
+
+/// How long a sender has for its `hello`.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long connections have beyond the drain for their close handshakes.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A receiver: what all its connections share.
+#[derive(Debug)]
+pub struct Receiver {
+    terms: Arc<Terms>,
+    tokens_file: PathBuf,
+    tokens: tokio::sync::watch::Receiver<Arc<Tokens>>,
+    tokens_changed: tokio::sync::watch::Sender<Arc<Tokens>>,
+    queue: Arc<Queue>,
+    /// One permit per byte of frames between their arrival and the end of their work.
+    memory: Arc<Semaphore>,
+    memory_bytes_max: usize,
+    slots: Slots,
+    instances: Instances,
+    health: Health,
+    /// Connections that are being served.
+    sessions: TaskTracker,
+    shutdown: Shutdown,
+    drain_timeout: Duration,
+    hello_timeout: Duration,
+    tokens_interval: Duration,
+}
+
+impl Receiver {
+    /// Reads the tokens file; `destination` is the identity of what empties `queue`.
+    pub fn new(
+        config: &ReceiveConfig,
+        destination: Option<Uuid>,
+        queue: Arc<Queue>,
+        shutdown: Shutdown,
+    ) -> Result<Receiver, TokensError> {
+        let tokens = Tokens::load(&config.tokens)?;
+        if tokens.entries().is_empty() {
+            warn!(file = ?config.tokens, "no tokens: nobody may send until `waybill token` mints one");
+        }
+        let (tokens_changed, tokens) = tokio::sync::watch::channel(Arc::new(tokens));
+        // One largest frame must fit, or its connection would wait for ever.
+        let memory_bytes_max = usize::try_from(config.memory_bytes_max)
+            .unwrap_or(usize::MAX)
+            .clamp(FRAME_BYTES_MAX, Semaphore::MAX_PERMITS);
+        Ok(Receiver {
+            terms: Arc::new(Terms {
+                rule: config.rule.clone(),
+                former_rules: config.former_rules.clone(),
+                days: config.days,
+                credit: config.credit.max(FRAME_BYTES_MAX as u64),
+                destination,
+            }),
+            tokens_file: config.tokens.clone(),
+            tokens,
+            tokens_changed,
+            queue,
+            memory: Arc::new(Semaphore::new(memory_bytes_max)),
+            memory_bytes_max,
+            slots: Slots::default(),
+            instances: Instances::default(),
+            health: Health::new(),
+            sessions: TaskTracker::new(),
+            shutdown,
+            drain_timeout: config.drain_timeout,
+            hello_timeout: HELLO_TIMEOUT,
+            tokens_interval: watch::INTERVAL,
+        })
+    }
+
+    /// Serves until the shutdown, then drains: senders that come are told 503, those that are
+    /// there get the receipts of what they sent, within the drain timeout.
+    pub async fn run(self, listener: Listener) {
+        let receiver = Arc::new(self);
+        let stop = CancellationToken::new();
+        let tasks = TaskTracker::new();
+        tasks.spawn(watch::run(
+            receiver.tokens_file.clone(),
+            receiver.tokens_changed.clone(),
+            receiver.tokens_interval,
+            stop.clone(),
+        ));
+        tasks.spawn(listener.run(Arc::clone(&receiver), tasks.clone(), stop.clone()));
+        receiver.shutdown.requested().await;
+        info!(connections = receiver.sessions.len(), "draining");
+        receiver.sessions.close();
+        let limit = receiver.drain_timeout + CLOSE_TIMEOUT;
+        if tokio::time::timeout(limit, receiver.sessions.wait()).await.is_err() {
+            warn!(connections = receiver.sessions.len(), "connections did not end in time");
+        }
+        stop.cancel();
+    }
+
+    fn memory_in_use(&self) -> bool {
+        self.memory.available_permits() < self.memory_bytes_max
+    }
+}
+
+impl Handler for Receiver {
+    type Session = Accepted;
+
+    fn answer(&self, request: &Request) -> Answer<Accepted> {
+        gate::answer(self, request)
+    }
+
+    async fn serve(self: Arc<Self>, accepted: Accepted, socket: Socket) {
+        let _counted = self.sessions.token();
+        connection::run(self, accepted, socket).await;
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,1 +1,11 @@
 //! Where bytes come from: files that others write, sockets, standard input.
+
+pub mod files;
+
+pub mod datagram;
+mod framer;
+mod socket;
+pub mod stdin;
+pub mod stream;
+
+pub use socket::{BindError, SourceError};

@@ -1,1 +1,355 @@
 //! The sender's durable memory: segment rows and receipted positions.
+//!
+//! Two classes with two promises. *Rows* are on disk before the first line of their segment is
+//! sent ([`State::commit`]); *positions* are saved about once a second ([`State::save`]), and
+//! losing the last of them only causes resends. Losing the whole directory costs duplicates, never
+//! lines (I5). The directory may be copied while it is in use: every record carries a checksum,
+//! and what is torn is ignored.
+
+mod journal;
+mod positions;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use tracing::warn;
+use uuid::Uuid;
+
+use crate::record::{Row, SegmentId};
+
+use journal::{Change, Journal};
+pub use positions::{Fingerprint, Place, Progress};
+
+/// A position file without changes is rewritten after so long, because its age tells which rotated
+/// files changed while no sender was running.
+const SAVE_AT_LEAST_EVERY: Duration = Duration::from_secs(30);
+
+/// Rows whose file was not seen for so long are forgotten.
+const FORGET_AFTER: Duration = Duration::from_secs(30 * 24 * 3600);
+
+/// A row with what the sender alone needs to know of it.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Entry {
+    /// As it goes out with `open`.
+    pub row: Row,
+    /// The physical run of bytes: all rows of one file or one spool run share it.
+    pub run: Uuid,
+    /// The destination at the first `welcome`, where it has an identity.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub destination: Option<Uuid>,
+    /// The file was deleted: bytes from this offset on lie in the state directory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept_from: Option<u64>,
+}
+
+/// Why a state directory cannot be used.
+#[derive(Debug, Error)]
+pub enum StateError {
+    /// Another sender holds the lock.
+    #[error(
+        "state directory {dir} is in use by another waybill send{holder}: stop that one or give \
+         this one its own --state-dir"
+    )]
+    InUse {
+        /// The directory.
+        dir: PathBuf,
+        /// ` (process N)` where known.
+        holder: String,
+    },
+    /// It cannot be made, read or written.
+    #[error(
+        "state directory {dir}: {what}: {source}: make it writable or choose another --state-dir"
+    )]
+    Io {
+        /// The directory.
+        dir: PathBuf,
+        /// What was tried.
+        what: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// The open state directory. All methods may block on the disk.
+#[derive(Debug)]
+pub struct State {
+    dir: PathBuf,
+    inner: Mutex<Inner>,
+    /// Held for its lock.
+    _lock: File,
+}
+
+#[derive(Debug)]
+struct Inner {
+    journal: Journal,
+    entries: BTreeMap<SegmentId, Entry>,
+    progress: BTreeMap<SegmentId, Progress>,
+    sources: BTreeSet<String>,
+    instance: Uuid,
+    /// Positions that are on disk.
+    durable: BTreeMap<SegmentId, u64>,
+    dirty: bool,
+    saved_at: SystemTime,
+    /// When the last process saved its positions; before that, everything counts as unseen.
+    previous_save: SystemTime,
+    cloned: bool,
+}
+
+impl State {
+    /// Opens or makes the directory (mode 0700) and takes its lock. `machine` is this machine's
+    /// identity (machine-id(5)): where it differs from the one in the directory, the directory was
+    /// cloned, and [`State::was_cloned`] says so.
+    pub fn open(dir: &Path, machine: &str) -> Result<State, StateError> {
+        let failed = |what| move |source| StateError::Io { dir: dir.to_owned(), what, source };
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(dir)
+            .map_err(failed("cannot be made"))?;
+        let lock = lock(dir)?;
+        let (journal, replayed) =
+            Journal::open(dir).map_err(failed("its row journal cannot be opened"))?;
+        let (saved_at, progress) = positions::load(dir);
+        let durable = progress.iter().map(|(id, progress)| (*id, progress.position)).collect();
+        let mut inner = Inner {
+            journal,
+            entries: replayed.entries,
+            progress,
+            sources: replayed.sources,
+            instance: replayed.instance.unwrap_or_else(Uuid::now_v7),
+            durable,
+            dirty: false,
+            saved_at,
+            previous_save: saved_at,
+            cloned: false,
+        };
+        let known_machine = replayed.machine.as_deref();
+        if known_machine != Some(machine) || replayed.instance.is_none() {
+            inner.cloned = known_machine.is_some_and(|known| known != machine);
+            if inner.cloned {
+                inner.instance = Uuid::now_v7();
+            }
+            let change = Change {
+                instance: Some(inner.instance),
+                machine: Some(machine.to_owned()),
+                ..Change::default()
+            };
+            inner.journal.append(&change).map_err(failed("cannot be written"))?;
+        }
+        inner.forget_old_rows();
+        inner.compact().map_err(failed("its row journal cannot be rewritten"))?;
+        Ok(State { dir: dir.to_owned(), inner: Mutex::new(inner), _lock: lock })
+    }
+
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Identity of this state directory, as `hello` carries it.
+    pub fn instance(&self) -> Uuid {
+        self.lock().instance
+    }
+
+    /// Whether the directory came from another machine. Its open rows must end at their positions,
+    /// since the other machine may go on under the same rows.
+    pub fn was_cloned(&self) -> bool {
+        self.lock().cloned
+    }
+
+    /// When the previous process saved its positions for the last time; 1970 where none did.
+    pub fn previous_save(&self) -> SystemTime {
+        self.lock().previous_save
+    }
+
+    /// All rows with their progress, oldest first.
+    pub fn entries(&self) -> Vec<(Entry, Progress)> {
+        let inner = self.lock();
+        let with_progress = |entry: &Entry| {
+            let progress = inner.progress.get(&entry.row.segment).cloned();
+            (entry.clone(), progress.unwrap_or_else(|| Progress::at_start(&entry.row)))
+        };
+        inner.entries.values().map(with_progress).collect()
+    }
+
+    /// Makes rows new, changed and dropped durable, in one write that a crash does not divide.
+    pub fn commit(&self, changed: &[&Entry], dropped: &[SegmentId]) -> io::Result<()> {
+        let mut inner = self.lock();
+        let change = Change {
+            rows: changed.iter().map(|entry| (*entry).clone()).collect(),
+            dropped: dropped.to_vec(),
+            ..Change::default()
+        };
+        inner.journal.append(&change)?;
+        for entry in change.rows {
+            inner.entries.insert(entry.row.segment, entry);
+        }
+        for segment in dropped {
+            inner.entries.remove(segment);
+            inner.progress.remove(segment);
+            inner.dirty = true;
+        }
+        if inner.journal.is_overgrown(inner.entries.len()) {
+            inner.compact()?;
+        }
+        Ok(())
+    }
+
+    /// Whether this source was never followed with this state.
+    pub fn is_first_run(&self, source: &str) -> bool {
+        !self.lock().sources.contains(source)
+    }
+
+    /// Remembers durably that a source has been followed.
+    pub fn mark_followed(&self, source: &str) -> io::Result<()> {
+        let mut inner = self.lock();
+        if inner.sources.contains(source) {
+            return Ok(());
+        }
+        let change = Change { sources: vec![source.to_owned()], ..Change::default() };
+        inner.journal.append(&change)?;
+        inner.sources.insert(source.to_owned());
+        Ok(())
+    }
+
+    /// Notes how far a segment has come; durable after the next [`State::save`].
+    pub fn set_progress(&self, segment: SegmentId, progress: Progress) {
+        let mut inner = self.lock();
+        inner.progress.insert(segment, progress);
+        inner.dirty = true;
+    }
+
+    /// Makes all noted positions durable; does nothing where nothing changed lately.
+    pub fn save(&self) -> io::Result<()> {
+        let (progress, now) = {
+            let mut inner = self.lock();
+            let now = SystemTime::now();
+            let age = now.duration_since(inner.saved_at).unwrap_or(SAVE_AT_LEAST_EVERY);
+            if !inner.dirty && age < SAVE_AT_LEAST_EVERY {
+                return Ok(());
+            }
+            inner.dirty = false;
+            let live: BTreeMap<SegmentId, Progress> = inner
+                .progress
+                .iter()
+                .filter(|(segment, _)| inner.entries.contains_key(segment))
+                .map(|(segment, progress)| (*segment, progress.clone()))
+                .collect();
+            (live, now)
+        };
+        // Not under the lock: a slow disk must not hold up those who only note a position.
+        let saved = positions::save(&self.dir, now, &progress);
+        let mut inner = self.lock();
+        match &saved {
+            Ok(()) => {
+                inner.saved_at = now;
+                inner.durable =
+                    progress.iter().map(|(id, progress)| (*id, progress.position)).collect();
+            }
+            Err(_) => inner.dirty = true,
+        }
+        saved
+    }
+
+    /// Up to where a run is receipted for good: what lies below is never needed again (I2).
+    pub fn durable_position(&self, run: Uuid) -> Option<u64> {
+        let inner = self.lock();
+        let of_run = inner.entries.values().filter(|entry| entry.run == run);
+        let position = |entry: &Entry| {
+            let saved = inner.durable.get(&entry.row.segment).copied();
+            saved.unwrap_or(entry.row.start).max(entry.row.start)
+        };
+        of_run.map(position).min()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    fn forget_old_rows(&mut self) {
+        let now = SystemTime::now();
+        let is_old = |entry: &Entry, progress: Option<&Progress>| {
+            let seen = progress.map_or_else(
+                || {
+                    let (seconds, _) =
+                        entry.row.segment.0.get_timestamp().map_or((0, 0), |t| t.to_unix());
+                    UNIX_EPOCH + Duration::from_secs(seconds)
+                },
+                |progress| UNIX_EPOCH + Duration::from_millis(progress.seen_ms),
+            );
+            entry.kept_from.is_none()
+                && now.duration_since(seen).is_ok_and(|age| age > FORGET_AFTER)
+        };
+        let progress = &self.progress;
+        self.entries.retain(|segment, entry| !is_old(entry, progress.get(segment)));
+    }
+
+    fn compact(&mut self) -> io::Result<()> {
+        let everything = Change {
+            instance: Some(self.instance),
+            machine: self.journal.machine().map(str::to_owned),
+            sources: self.sources.iter().cloned().collect(),
+            rows: self.entries.values().cloned().collect(),
+            dropped: Vec::new(),
+        };
+        self.journal.rewrite(&everything)
+    }
+}
+
+fn lock(dir: &Path) -> Result<File, StateError> {
+    let path = dir.join("lock");
+    let failed =
+        |source| StateError::Io { dir: dir.to_owned(), what: "its lock cannot be taken", source };
+    let file = File::options().create(true).truncate(false).read(true).write(true).open(&path);
+    let file = file.map_err(failed)?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {
+            let _ = file.set_len(0);
+            // For the message of the next one only; the lock itself is what counts.
+            let _ = io::Write::write_all(&mut &file, std::process::id().to_string().as_bytes());
+            Ok(file)
+        }
+        Err(error) if error == rustix::io::Errno::WOULDBLOCK => {
+            let holder = fs::read_to_string(&path).unwrap_or_default();
+            let holder = match holder.trim() {
+                "" => String::new(),
+                process => format!(" (process {})", process.escape_debug()),
+            };
+            Err(StateError::InUse { dir: dir.to_owned(), holder })
+        }
+        Err(error) => Err(failed(error.into())),
+    }
+}
+
+/// This machine's identity, as machine-id(5) has it; the host name where there is none.
+pub fn machine_identity() -> String {
+    let read = |path: &str| fs::read_to_string(path).ok().map(|text| text.trim().to_owned());
+    let id = read("/etc/machine-id").filter(|id| !id.is_empty());
+    id.or_else(|| read("/proc/sys/kernel/hostname")).unwrap_or_else(|| {
+        warn!("neither /etc/machine-id nor a host name: a cloned state directory goes unnoticed");
+        "unknown".to_owned()
+    })
+}
+
+/// Writes a file so that a crash leaves the old or the new one, and makes its name durable.
+fn replace_file(dir: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
+    let temporary = dir.join(format!("{name}.new"));
+    let file = File::create(&temporary)?;
+    io::Write::write_all(&mut &file, bytes)?;
+    file.sync_data()?;
+    fs::rename(&temporary, dir.join(name))?;
+    File::open(dir)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests;

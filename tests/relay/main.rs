@@ -1,1 +1,5 @@
-fn main() {}
+//! End-to-end tests: one target with a module per promise, so that it links once and shares the real servers.
+
+mod support;
+
+mod servers_smoke;

@@ -102,7 +102,7 @@ impl Batch<'_> {
     pub(super) fn frame(&mut self, frame: &Frame, now: u64) -> rusqlite::Result<Runs> {
         let segment = &*frame.segment;
         let mut lines = self.open(segment)?;
-        let times = FrameTimes { read_at: frame.read_at, ingested_at: now };
+        let times = FrameTimes::new(frame.read_at, now);
         let mut document = std::mem::take(self.document);
         let mut runs = Runs::default();
         for record in segment.row.framing.records(&frame.records, frame.offset, frame.continues) {

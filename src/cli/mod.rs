@@ -1,0 +1,392 @@
+//! What was typed: clap types, and how they become layers of a configuration.
+//!
+//! Only this module knows clap. Values are parsed by [`crate::config::value`], so that a flag and
+//! a key of a file mean the same.
+
+mod layers;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{Endpoint, Listen, LogFormat, LogLevel, Start, value};
+use crate::record::{Format, IndexRule, TypeName};
+
+/// The whole command line.
+#[derive(Debug, Parser)]
+#[command(name = "waybill", version, propagate_version = true, max_term_width = 100)]
+#[command(about = "Ships log lines to Elasticsearch over WebSockets, one receipt per line")]
+#[command(after_help = "\
+Start here:
+  waybill demo                     the whole way of a line on this machine, in 15 seconds
+  waybill send --help              ship files and sockets to a receiver
+  waybill receive --help           take lines in, beside Elasticsearch or with a store of its own
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 78 wrong configuration.")]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// A subcommand.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Ship the lines of files and sockets to a receiver.
+    Send(Box<Send>),
+    /// Take lines from senders and write them into Elasticsearch or the embedded store.
+    Receive(Box<Receive>),
+    /// Make, rotate, revoke and list the tokens that senders present.
+    Token(Token),
+    /// Find lines in the embedded store or in Elasticsearch.
+    Search(Search),
+    /// Put the index template and the dead-letter index into Elasticsearch.
+    Setup(Setup),
+    /// Show the whole way of a line on this machine.
+    Demo(Demo),
+}
+
+/// Logging flags, the same for both sides.
+#[derive(Debug, Default, Args)]
+#[command(next_help_heading = "Logging, on standard error")]
+pub struct Logging {
+    /// Least severe level: error, warn, info, debug or trace [default: info]
+    #[arg(long, value_name = "LEVEL")]
+    pub log_level: Option<LogLevel>,
+    /// Form of a log line: text or json [default: text]
+    #[arg(long, value_name = "FORM")]
+    pub log_format: Option<LogFormat>,
+}
+
+/// `waybill send`.
+#[derive(Debug, Default, Args)]
+#[command(long_about = "\
+Ships the lines of files and sockets to a receiver and waits for one receipt per line.
+
+The log file itself is the buffer: what is not receipted yet is sent again after a broken connection \
+or a restart, under the same document id, so that nothing is lost and nothing is there twice. Runs \
+until SIGTERM or Ctrl-C; then it stops reading, drains, and ends with 0.")]
+#[command(after_long_help = "\
+Examples:
+  Follow one file:
+    waybill send /var/log/app.log --to wss://logs.example.com/ --token-file /etc/waybill/token
+
+  nginx, by its log files and by 'access_log syslog:server=unix:/run/waybill/nginx.sock;':
+    waybill send '/var/log/nginx/*.log' --unix-datagram /run/waybill/nginx.sock --type nginx \\
+      --to wss://logs.example.com/ --token-file /etc/waybill/token
+
+  Backfill once, compressed files too, with one JSON receipt per line:
+    waybill send '/var/log/app.log*' --once --receipts receipts.jsonl \\
+      --to wss://logs.example.com/ --token-file /etc/waybill/token
+
+  Everything in a file, as the packaged service does:
+    waybill send --config /etc/waybill/sender.toml
+
+Flags go before keys of the file. Files and sockets named here are sent instead of the file's.")]
+pub struct Send {
+    /// Files, quoted patterns such as '/var/log/nginx/*.log', or '-' for standard input
+    #[arg(value_name = "FILE|PATTERN|-")]
+    pub files: Vec<OsString>,
+    /// Read all of this from a TOML file
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+
+    /// Receiver: wss://HOST[:PORT]/PATH, or ws+unix:PATH on this machine; several are tried in order
+    #[arg(long, value_name = "URL", value_parser = value::endpoint, help_heading = "Receiver")]
+    pub to: Vec<Endpoint>,
+    /// File that holds the token alone, as 'waybill token' printed it
+    #[arg(long, value_name = "FILE", env = "WAYBILL_TOKEN_FILE", help_heading = "Receiver")]
+    pub token_file: Option<PathBuf>,
+    /// PEM file of the authorities to trust instead of this machine's own
+    #[arg(long, value_name = "PEM", help_heading = "Receiver")]
+    pub ca: Option<PathBuf>,
+    /// Compress frames with zstd where the receiver can: saves traffic, costs processor time
+    #[arg(long, help_heading = "Receiver")]
+    pub compress: bool,
+    /// DANGER: allow ws:// to other machines; token and lines can be read on the way
+    #[arg(long, help_heading = "Receiver")]
+    pub insecure_plaintext: bool,
+
+    /// Unix datagram socket to make and read, as nginx's syslog:server=unix: wants it
+    #[arg(long, value_name = "PATH", help_heading = "Sources")]
+    pub unix_datagram: Vec<PathBuf>,
+    /// Unix stream socket to make and read, lines or octet-counted, as syslog-ng's unix-stream()
+    #[arg(long, value_name = "PATH", help_heading = "Sources")]
+    pub unix_stream: Vec<PathBuf>,
+    /// Where files start that are there at the first run: beginning or end [default: beginning]
+    #[arg(long, value_name = "WHERE", value_parser = value::start, help_heading = "Sources")]
+    pub start: Option<Start>,
+    /// Follow symbolic links, which are refused otherwise
+    #[arg(long, help_heading = "Sources")]
+    pub follow_symlinks: bool,
+
+    /// Type of the lines, part of the index name: a-z, 0-9, '_', '-' [default: default]
+    #[arg(long = "type", value_name = "TYPE", value_parser = value::type_name, help_heading = "Lines")]
+    pub type_name: Option<TypeName>,
+    /// Tag of each document; may be repeated
+    #[arg(long, value_name = "TAG", value_parser = value::tag, help_heading = "Lines")]
+    pub tag: Vec<String>,
+    /// Label of each document; may be repeated
+    #[arg(long, value_name = "KEY=VALUE", value_parser = value::label, help_heading = "Lines")]
+    pub label: Vec<(String, String)>,
+    /// How lines are parsed: auto, json, syslog or raw [default: auto]
+    #[arg(long, value_name = "FORMAT", value_parser = value::format, help_heading = "Lines")]
+    pub format: Option<Format>,
+    /// Zone of timestamps that name none, such as Europe/Berlin [default: this machine's]
+    #[arg(long, value_name = "ZONE", value_parser = value::timezone, help_heading = "Lines")]
+    pub timezone: Option<String>,
+
+    /// Send what is there now, wait for every receipt, and end: 1 if a line was parked or failed
+    #[arg(long, help_heading = "Running")]
+    pub once: bool,
+    /// Write one JSON line per line sent to this file, or to standard output with '-'
+    #[arg(long, value_name = "FILE|-", help_heading = "Running")]
+    pub receipts: Option<PathBuf>,
+    /// How long a stop waits for outstanding receipts [default: 10s]
+    #[arg(long, value_name = "TIME", value_parser = value::duration, help_heading = "Running")]
+    pub drain_timeout: Option<Duration>,
+
+    /// Where positions and the spool lie [default: $STATE_DIRECTORY, else /var/lib/waybill for
+    /// root, else ~/.local/state/waybill]
+    #[arg(long, value_name = "DIR", help_heading = "State")]
+    pub state_dir: Option<PathBuf>,
+    /// Most that the spool of sockets may hold; then they are not read [default: 1GiB]
+    #[arg(long, value_name = "SIZE", value_parser = value::size, help_heading = "State")]
+    pub spool_bytes_max: Option<u64>,
+    /// Most that is copied of deleted files whose lines wait; beyond it they are reported as lost
+    /// [default: 1GiB]
+    #[arg(long, value_name = "SIZE", value_parser = value::size, help_heading = "State")]
+    pub kept_bytes_max: Option<u64>,
+
+    /// Logging.
+    #[command(flatten)]
+    pub logging: Logging,
+}
+
+/// How Elasticsearch is reached, the same for each command.
+#[derive(Debug, Default, Args)]
+#[command(next_help_heading = "Elasticsearch")]
+pub struct Elasticsearch {
+    /// Base URL of Elasticsearch or OpenSearch; several of one cluster mean failover
+    #[arg(long, value_name = "URL", value_parser = value::elasticsearch_url)]
+    pub elasticsearch: Vec<String>,
+    /// File with an API key, as id:key or in base64
+    #[arg(long, value_name = "FILE", env = "WAYBILL_API_KEY_FILE")]
+    pub api_key_file: Option<PathBuf>,
+    /// File whose first line is user:password, instead of an API key
+    #[arg(long, value_name = "FILE", conflicts_with = "api_key_file")]
+    pub es_user_file: Option<PathBuf>,
+    /// PEM file of the authorities to trust for https://
+    #[arg(long, value_name = "PEM")]
+    pub es_ca: Option<PathBuf>,
+}
+
+/// `waybill receive`.
+#[derive(Debug, Default, Args)]
+#[command(long_about = "\
+Takes lines from senders and writes them into Elasticsearch, or into a store of its own: one SQLite \
+file with full-text search, which is the default where no Elasticsearch is named.
+
+A line is receipted only when the destination holds it durably. Nothing else is kept on disk here, so \
+that several receivers can stand behind one proxy.")]
+#[command(after_long_help = "\
+Examples:
+  First make a token; it is printed once, and the sender's machine keeps it in a file:
+    waybill token web-1 --tokens /etc/waybill/tokens.toml
+
+  With TLS and a store of its own, kept for 30 days:
+    waybill receive --listen 0.0.0.0:8443 --tls-cert chain.pem --tls-key key.pem \\
+      --tokens /etc/waybill/tokens.toml --store /var/lib/waybill/store.sqlite --keep-days 30
+
+  Behind nginx, into Elasticsearch:
+    waybill receive --listen unix:/run/waybill/receive.sock --tokens /etc/waybill/tokens.toml \\
+      --elasticsearch https://es-1:9200 --elasticsearch https://es-2:9200 \\
+      --api-key-file /etc/waybill/api-key
+
+Flags go before keys of the file.")]
+pub struct Receive {
+    /// Read all of this from a TOML file
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Where senders connect; port 0 takes a free one, which is logged
+    #[arg(long, value_name = "HOST:PORT|unix:PATH", value_parser = value::listen)]
+    pub listen: Option<Listen>,
+    /// Tokens that may enter, as 'waybill token' writes them; read anew when it changes
+    #[arg(long, value_name = "FILE")]
+    pub tokens: Option<PathBuf>,
+    /// How long a stop waits for what is under way [default: 10s]
+    #[arg(long, value_name = "TIME", value_parser = value::duration)]
+    pub drain_timeout: Option<Duration>,
+
+    /// PEM file with the certificate chain
+    #[arg(long, value_name = "PEM", help_heading = "TLS")]
+    pub tls_cert: Option<PathBuf>,
+    /// PEM file with its key
+    #[arg(long, value_name = "PEM", help_heading = "TLS")]
+    pub tls_key: Option<PathBuf>,
+    /// DANGER: take plain ws:// from other machines; tokens and lines can be read on the way
+    #[arg(long, help_heading = "TLS")]
+    pub insecure_plaintext: bool,
+
+    /// Elasticsearch.
+    #[command(flatten)]
+    pub elasticsearch: Elasticsearch,
+    /// Index of lines that Elasticsearch refuses [default: waybill-parked]
+    #[arg(long, value_name = "INDEX", value_parser = value::index_name, help_heading = "Elasticsearch")]
+    pub dead_letter_index: Option<String>,
+
+    /// SQLite file of the embedded store [default: store.sqlite in $STATE_DIRECTORY, else in
+    /// /var/lib/waybill for root, else in ~/.local/state/waybill]
+    #[arg(long, value_name = "FILE", help_heading = "Embedded store")]
+    pub store: Option<PathBuf>,
+    /// Delete lines older than this many days
+    #[arg(long, value_name = "DAYS", value_parser = clap::value_parser!(u32).range(1..=36_500), help_heading = "Embedded store")]
+    pub keep_days: Option<u32>,
+    /// Delete the oldest lines beyond this size, such as 20GiB
+    #[arg(long, value_name = "SIZE", value_parser = value::size, help_heading = "Embedded store")]
+    pub keep_bytes: Option<u64>,
+
+    /// How indices are named [default: waybill-{type}-{yyyy.MM.dd}]
+    #[arg(long, value_name = "PATTERN", value_parser = value::index_rule, help_heading = "Indices")]
+    pub index: Option<IndexRule>,
+    /// Pattern of the past, under which lines may still be on their way; may be repeated
+    #[arg(long, value_name = "PATTERN", value_parser = value::index_rule, help_heading = "Indices")]
+    pub former_index: Vec<IndexRule>,
+
+    /// Logging.
+    #[command(flatten)]
+    pub logging: Logging,
+}
+
+/// `waybill token`.
+#[derive(Debug, Default, Args)]
+#[command(long_about = "\
+Makes the token of a sender, prints it alone on standard output, once, and keeps only its SHA-256.
+
+A running receiver notices the change by itself; a revoked token ends its live connections.")]
+#[command(after_long_help = "\
+Examples:
+  waybill token web-1 --tokens /etc/waybill/tokens.toml > token
+  waybill token web-1 --tokens /etc/waybill/tokens.toml --types nginx,syslog --expires 365d
+  waybill token web-1 --tokens /etc/waybill/tokens.toml --rotate > token
+  waybill token web-1 --tokens /etc/waybill/tokens.toml --revoke
+  waybill token --tokens /etc/waybill/tokens.toml --list")]
+pub struct Token {
+    /// Name of the sender, for people
+    #[arg(value_name = "NAME", required_unless_present = "list")]
+    pub name: Option<String>,
+    /// File that holds the hashes, made where missing
+    #[arg(long, value_name = "FILE", required = true)]
+    pub tokens: PathBuf,
+    /// Types that its lines may have, with commas [default: default,nginx,syslog,supervisor,app]
+    #[arg(long, value_name = "TYPE,…", value_delimiter = ',', value_parser = value::type_name)]
+    pub types: Vec<TypeName>,
+    /// When it stops working: from now on, such as 90d
+    #[arg(long, value_name = "TIME", value_parser = value::duration)]
+    pub expires: Option<Duration>,
+    /// Replace the token of this name; the sender's identity stays
+    #[arg(long, conflicts_with_all = ["revoke", "list"])]
+    pub rotate: bool,
+    /// Let nobody in with this name's token any more
+    #[arg(long, conflicts_with_all = ["list", "types", "expires"])]
+    pub revoke: bool,
+    /// Show names, types and ends
+    #[arg(long, conflicts_with_all = ["name", "types", "expires"])]
+    pub list: bool,
+}
+
+/// `waybill search`.
+#[derive(Debug, Default, Args)]
+#[command(
+    long_about = "Finds lines in the embedded store, or in Elasticsearch where that is named."
+)]
+#[command(after_long_help = "\
+A query is words, all of which must be there; \"a phrase\" in quotes; and field:value.
+
+Examples:
+  waybill search error --store store.sqlite
+  waybill search '\"connection refused\" host.name:web-1' --after 2h
+  waybill search http.response.status_code:502 --elasticsearch http://127.0.0.1:9200 --json")]
+pub struct Search {
+    /// Words, a \"phrase\", field:value; nothing finds every line
+    #[arg(value_name = "QUERY")]
+    pub query: Vec<String>,
+    /// SQLite file of the embedded store [default: where 'waybill receive' puts it]
+    #[arg(long, value_name = "FILE", conflicts_with = "elasticsearch")]
+    pub store: Option<PathBuf>,
+    /// Elasticsearch.
+    #[command(flatten)]
+    pub elasticsearch: Elasticsearch,
+    /// Indices to search in Elasticsearch: the receiver's index pattern
+    #[arg(long, value_name = "PATTERN", value_parser = value::index_rule, default_value = crate::record::DEFAULT_RULE, help_heading = "Elasticsearch")]
+    pub index: IndexRule,
+    /// Lines at this time or later: 2026-11-21T10:00:00Z, 2026-11-21, or 2h for two hours ago
+    #[arg(long, value_name = "TIME")]
+    pub after: Option<String>,
+    /// Lines before this time, in the same forms
+    #[arg(long, value_name = "TIME")]
+    pub before: Option<String>,
+    /// Most lines to show, the newest
+    #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
+    pub limit: u32,
+    /// One whole JSON document per line
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `waybill setup`.
+#[derive(Debug, Default, Args)]
+#[command(long_about = "\
+Puts the index template and the dead-letter index into Elasticsearch. The key needs 'manage_index_templates' \
+and the right to make the dead-letter index; the receiver's own key needs neither.")]
+#[command(after_long_help = "\
+Examples:
+  waybill setup --elasticsearch https://es-1:9200 --api-key-file /etc/waybill/admin-key
+  waybill setup --elasticsearch https://es-1:9200 --print")]
+pub struct Setup {
+    /// Elasticsearch.
+    #[command(flatten)]
+    pub elasticsearch: Elasticsearch,
+    /// The receiver's index pattern
+    #[arg(long, value_name = "PATTERN", value_parser = value::index_rule, default_value = crate::record::DEFAULT_RULE)]
+    pub index: IndexRule,
+    /// The receiver's dead-letter index
+    #[arg(long, value_name = "INDEX", value_parser = value::index_name, default_value = crate::config::DEAD_LETTER_INDEX)]
+    pub dead_letter_index: String,
+    /// Change nothing; print the requests for an administrator
+    #[arg(long)]
+    pub print: bool,
+}
+
+/// `waybill demo`.
+#[derive(Debug, Default, Args)]
+#[command(long_about = "\
+Shows the whole way of a line on this machine: makes a certificate and a token, starts 'waybill receive' \
+and 'waybill send' as processes of their own, writes lines (or takes the given files), shows receipts, \
+rotates a log, kills the receiver in the middle, and in the end counts what was written and what is stored.
+
+Ends with 0 only if every line written is stored once.")]
+#[command(after_long_help = "\
+Examples:
+  waybill demo
+  waybill demo /var/log/syslog
+  waybill demo --elasticsearch http://127.0.0.1:9200")]
+pub struct Demo {
+    /// Files to send; without any, the demo writes lines itself
+    #[arg(value_name = "FILE")]
+    pub files: Vec<PathBuf>,
+    /// Elasticsearch instead of the embedded store.
+    #[command(flatten)]
+    pub elasticsearch: Elasticsearch,
+    /// Folder for everything the demo makes, new or empty [default: one under /tmp]
+    #[arg(long, value_name = "DIR")]
+    pub keep: Option<PathBuf>,
+    /// How many lines the demo writes
+    #[arg(long, value_name = "N", default_value_t = 1200, value_parser = clap::value_parser!(u32).range(30..=1_000_000))]
+    pub lines: u32,
+    /// How long it takes to write them
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=600))]
+    pub seconds: u32,
+}

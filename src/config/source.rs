@@ -1,0 +1,250 @@
+//! One `[[source]]`, or one file or socket of the command line, becomes a [`SourceConfig`].
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+
+use super::check;
+use super::file::Table;
+use super::problem::{At, Findings, Place};
+use super::value::{self, ValueError};
+use super::{Environment, Input, SourceConfig, Start};
+use crate::record::{Format, TypeName, escape_path};
+
+/// Permission bits of a socket unless configured: every local program may log, as with `/dev/log`.
+pub const SOCKET_MODE: u32 = 0o666;
+
+/// A source as typed; paths are absolute.
+#[derive(Clone, Debug)]
+pub struct SourceLayer {
+    /// Where the source as a whole was typed.
+    pub place: Place,
+    /// `source.name`; made from the input where missing.
+    pub name: Option<At<String>>,
+    /// `source.files`, `.unix_datagram`, `.unix_stream`, `.stdin`; one of them.
+    pub inputs: Vec<At<TypedInput>>,
+    /// An input was typed, and refused.
+    pub refused: bool,
+    /// `source.mode` of a socket.
+    pub mode: Option<At<u32>>,
+    /// Settings that the command line gives all its sources at once.
+    pub settings: SourceSettings,
+}
+
+/// What a source reads, as typed.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum TypedInput {
+    /// Files: the absolute pattern, and how a person would name it.
+    Files {
+        /// As glob(7) has it.
+        pattern: String,
+        /// The source's name, where none is given.
+        name: String,
+    },
+    /// Standard input.
+    Stdin,
+    /// A Unix datagram socket.
+    UnixDatagram(PathBuf),
+    /// A Unix stream socket.
+    UnixStream(PathBuf),
+}
+
+/// Settings of a source that do not say where its bytes come from.
+#[derive(Clone, Debug, Default)]
+pub struct SourceSettings {
+    /// `--type`, `source.type`.
+    pub type_name: Option<At<TypeName>>,
+    /// `--tag`, `source.tags`.
+    pub tags: Vec<At<String>>,
+    /// `--label`, `source.labels`.
+    pub labels: Vec<At<(String, String)>>,
+    /// `--format`, `source.format`.
+    pub format: Option<At<Format>>,
+    /// `--timezone`, `source.timezone`.
+    pub timezone: Option<At<String>>,
+    /// `--start`, `source.start`.
+    pub start: Option<At<Start>>,
+    /// `--follow-symlinks`, `source.follow_symlinks`.
+    pub follow_symlinks: Option<At<bool>>,
+}
+
+impl SourceSettings {
+    /// The first setting that was typed, if any.
+    pub fn first(&self) -> Option<&Place> {
+        let settings = [
+            self.type_name.as_ref().map(|at| &at.place),
+            self.tags.first().map(|at| &at.place),
+            self.labels.first().map(|at| &at.place),
+            self.format.as_ref().map(|at| &at.place),
+            self.timezone.as_ref().map(|at| &at.place),
+            self.start.as_ref().map(|at| &at.place),
+            self.follow_symlinks.as_ref().map(|at| &at.place),
+        ];
+        settings.into_iter().flatten().next()
+    }
+}
+
+/// `first` unless it is empty.
+pub(super) fn either<T>(first: Vec<T>, second: Vec<T>) -> Vec<T> {
+    if first.is_empty() { second } else { first }
+}
+
+/// A file or pattern of the command line. What exists under just this name is that file, even if
+/// its name looks like a pattern.
+pub fn file_argument(argument: &OsStr, current_dir: &Path) -> Result<TypedInput, ValueError> {
+    let Some(text) = argument.to_str() else {
+        let name = escape_path(Path::new(argument));
+        return Err(ValueError(format!(
+            "{name} is not UTF-8: name it by a pattern, such as DIR/*"
+        )));
+    };
+    if current_dir.join(text).symlink_metadata().is_ok() {
+        let literal = glob::Pattern::escape(text);
+        return absolute(&literal, text, current_dir);
+    }
+    absolute(&value::pattern(text)?, text, current_dir)
+}
+
+fn absolute(pattern: &str, name: &str, base: &Path) -> Result<TypedInput, ValueError> {
+    if pattern.starts_with('/') {
+        return Ok(TypedInput::Files { pattern: pattern.to_owned(), name: name.to_owned() });
+    }
+    let Some(base) = base.to_str() else {
+        let base = escape_path(base);
+        return Err(ValueError(format!("{base} is not UTF-8: name files by absolute patterns")));
+    };
+    let base = base.trim_end_matches('/');
+    let (pattern, name) = (without_dot(pattern), without_dot(name));
+    Ok(TypedInput::Files {
+        pattern: format!("{}/{pattern}", glob::Pattern::escape(base)),
+        name: format!("{base}/{name}"),
+    })
+}
+
+fn without_dot(path: &str) -> &str {
+    path.strip_prefix("./").unwrap_or(path)
+}
+
+impl SourceLayer {
+    pub(super) fn read(table: &mut Table<'_>) -> SourceLayer {
+        let named = ["files", "unix_datagram", "unix_stream"].iter().any(|key| table.has(key));
+        let base = table.base().to_owned();
+        let files = table.text("files", |text| absolute(&value::pattern(text)?, text, &base));
+        let datagram = table.path("unix_datagram").map(|at| at.map(TypedInput::UnixDatagram));
+        let stream = table.path("unix_stream").map(|at| at.map(TypedInput::UnixStream));
+        let stdin =
+            table.boolean("stdin").filter(|at| at.value).map(|at| at.map(|_| TypedInput::Stdin));
+        let inputs: Vec<_> = [files, datagram, stream, stdin].into_iter().flatten().collect();
+        SourceLayer {
+            place: table.place(),
+            name: table.text("name", name),
+            refused: named && inputs.is_empty(),
+            inputs,
+            mode: table.text("mode", value::mode),
+            settings: SourceSettings {
+                type_name: table.text("type", value::type_name),
+                tags: table.list("tags", value::tag),
+                labels: table.strings_by_key("labels", value::label_key),
+                format: table.text("format", value::format),
+                timezone: table.text("timezone", value::timezone),
+                start: table.text("start", value::start),
+                follow_symlinks: table.boolean("follow_symlinks"),
+            },
+        }
+    }
+
+    pub(super) fn check(
+        self,
+        once: bool,
+        environment: &Environment,
+        findings: &mut Findings,
+    ) -> Option<SourceConfig> {
+        let typed = match <[_; 1]>::try_from(self.inputs) {
+            Ok([input]) => input,
+            // A value that is wrong in itself has been told already.
+            Err(inputs) if inputs.is_empty() && self.refused => return None,
+            Err(inputs) => {
+                let place = inputs.get(1).map_or(&self.place, |second| &second.place);
+                let message =
+                    "a source has exactly one of files, unix_datagram, unix_stream, stdin";
+                findings.problem(place, message);
+                return None;
+            }
+        };
+        let mode = self.mode.as_ref().map_or(SOCKET_MODE, |at| at.value);
+        let (input, derived_name) = match typed.value {
+            TypedInput::Files { pattern, name } => {
+                check_files(&pattern, &name, once, &typed.place, findings);
+                (Input::Files { pattern }, name)
+            }
+            TypedInput::Stdin => (Input::Stdin, "stdin".to_owned()),
+            TypedInput::UnixDatagram(path) => {
+                check::socket_path(&path, &typed.place, findings);
+                let name = escape_path(&path);
+                (Input::UnixDatagram { path, mode }, name)
+            }
+            TypedInput::UnixStream(path) => {
+                check::socket_path(&path, &typed.place, findings);
+                let name = escape_path(&path);
+                (Input::UnixStream { path, mode }, name)
+            }
+        };
+        let settings = self.settings;
+        let is_socket = matches!(input, Input::UnixDatagram { .. } | Input::UnixStream { .. });
+        if let Some(at) = self.mode.as_ref().filter(|_| !is_socket) {
+            findings.problem(&at.place, "only a socket has a mode: remove it");
+        }
+        Some(SourceConfig {
+            name: self.name.map_or(derived_name, |at| at.value),
+            input,
+            type_name: settings.type_name.map(|at| at.value).unwrap_or_default(),
+            tags: settings.tags.into_iter().map(|at| at.value).collect(),
+            labels: labels(settings.labels, findings),
+            format: settings.format.map(|at| at.value).unwrap_or_default(),
+            timezone: settings
+                .timezone
+                .map(|at| at.value)
+                .or_else(|| environment.timezone.clone())
+                .unwrap_or_else(|| "UTC".to_owned()),
+            start: settings.start.map(|at| at.value).unwrap_or_default(),
+            follow_symlinks: settings.follow_symlinks.is_some_and(|at| at.value),
+        })
+    }
+}
+
+fn name(text: &str) -> Result<String, ValueError> {
+    if (1..=256).contains(&text.len()) && !text.chars().any(char::is_control) {
+        Ok(text.to_owned())
+    } else {
+        Err(ValueError(format!("name {text:?} must be 1 to 256 bytes without control characters")))
+    }
+}
+
+fn labels(typed: Vec<At<(String, String)>>, findings: &mut Findings) -> BTreeMap<String, String> {
+    let mut labels = BTreeMap::new();
+    for At { value: (key, value), place } in typed {
+        if labels.insert(key.clone(), value).is_some() {
+            findings.problem(&place, format!("label {key:?} is given twice"));
+        }
+    }
+    labels
+}
+
+/// A name without wildcards says which file is meant: a folder, or with `once` a file that is not
+/// there, is a mistake. (Following waits for a file to appear.)
+fn check_files(pattern: &str, name: &str, once: bool, place: &Place, findings: &mut Findings) {
+    let path = Path::new(name);
+    let is_literal = pattern == name && !pattern.contains(['*', '?', '['])
+        || pattern == glob::Pattern::escape(name);
+    if !is_literal {
+        return;
+    }
+    match path.metadata() {
+        Ok(metadata) if metadata.is_dir() => {
+            let message = format!("{name} is a directory: name files, such as {name}/*.log");
+            findings.problem(place, message);
+        }
+        Err(error) if once => findings.problem(place, format!("{name}: {error}")),
+        _ => {}
+    }
+}

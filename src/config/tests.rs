@@ -1,0 +1,485 @@
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use tempfile::TempDir;
+
+use super::*;
+
+/// A folder with the files that a configuration names, and defaults that depend on nothing else.
+struct Desk {
+    dir: TempDir,
+}
+
+impl Desk {
+    fn new() -> Desk {
+        let desk = Desk { dir: tempfile::tempdir().expect("a folder") };
+        desk.write("token", "secret");
+        desk.write("tokens.toml", "# nobody yet");
+        desk.write("ca.pem", "-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----\n");
+        desk.write("key.pem", "-----BEGIN PRIVATE KEY-----\n-----END PRIVATE KEY-----\n");
+        desk
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        let path = self.dir.path().join(name);
+        fs::write(&path, text).expect("a file");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).expect("its mode");
+    }
+
+    fn environment(&self) -> Environment {
+        Environment {
+            state_directory: Some("/state".into()),
+            current_dir: self.dir.path().to_owned(),
+            ..Environment::default()
+        }
+    }
+
+    fn send(&self, flags: SendLayer, text: &str) -> Result<Loaded<SendConfig>, ConfigError> {
+        self.write("c.toml", text);
+        load_send(flags, Some(Path::new("c.toml")), &self.environment())
+    }
+
+    fn receive(
+        &self,
+        flags: ReceiveLayer,
+        text: &str,
+    ) -> Result<Loaded<ReceiveConfig>, ConfigError> {
+        self.write("c.toml", text);
+        load_receive(flags, Some(Path::new("c.toml")), &self.environment())
+    }
+}
+
+const SEND: &str = "to = 'wss://h/'\ntoken_file = 'token'\n";
+const SOURCE: &str = "[[source]]\nfiles = '/var/log/x.log'\n";
+const RECEIVE: &str = "listen = '127.0.0.1:0'\ntokens = 'tokens.toml'\n";
+
+#[test]
+fn a_small_sender_gets_the_documented_defaults() {
+    let desk = Desk::new();
+    let loaded = desk.send(SendLayer::default(), &format!("{SEND}{SOURCE}")).expect("good");
+    let config = loaded.config;
+    assert_eq!(config.state_dir, Path::new("/state"));
+    assert_eq!(config.token_file, desk.dir.path().join("token"));
+    assert_eq!(config.drain_timeout, Duration::from_secs(10));
+    assert_eq!((config.spool_bytes_max, config.kept_bytes_max), (1 << 30, 1 << 30));
+    assert!(!config.once && !config.compress && !config.progress);
+    let source = &config.sources[0];
+    assert_eq!(source.name, "/var/log/x.log");
+    assert_eq!(source.timezone, "UTC");
+    assert_eq!(source.type_name.as_str(), "default");
+    assert!(loaded.warnings.is_empty(), "{:?}", loaded.warnings);
+}
+
+#[test]
+fn bad_senders_say_where_and_what_is_allowed() {
+    let desk = Desk::new();
+    desk.write("empty", " \n");
+    fs::create_dir(desk.dir.path().join("folder")).expect("a folder");
+    let folder = desk.dir.path().join("folder").display().to_string();
+    let base = desk.dir.path().display().to_string();
+    let with_source = |lines: &str| format!("{SEND}{SOURCE}{lines}");
+    let long = format!("[[source]]\nunix_stream = '/{}'\n", "x".repeat(107));
+    for (text, expected) in [
+        (
+            format!("tokn_file = 'x'\n{SEND}{SOURCE}"),
+            "c.toml:1:1: tokn_file: unknown key; allowed here: ca, compress, drain_timeout, \
+             idle_close, insecure_plaintext, kept_bytes_max, log_format, log_level, receipts, \
+             source, spool_bytes_max, state_dir, to, token_file"
+                .to_owned(),
+        ),
+        (
+            with_source("  typ = 'nginx'\n"),
+            "c.toml:5:3: source.typ: unknown key; allowed here: files, follow_symlinks, format, \
+             labels, mode, name, start, stdin, tags, timezone, type, unix_datagram, unix_stream"
+                .to_owned(),
+        ),
+        (
+            with_source("type = 7\n"),
+            "c.toml:5:1: source.type: must be a string, not a whole number".to_owned(),
+        ),
+        (
+            with_source("type = 'No'\n"),
+            "c.toml:5:1: source.type: type \"No\" must be 1 to 64 characters of a-z, 0-9, '_' and \
+             '-'"
+            .to_owned(),
+        ),
+        (
+            with_source("timezone = 'Mars'\n"),
+            "c.toml:5:1: source.timezone: time zone \"Mars\" is not known: use UTC or an IANA name \
+             such as Europe/Berlin (the package tzdata holds them)"
+                .to_owned(),
+        ),
+        (
+            with_source("tags = ['a', 7]\n"),
+            "c.toml:5:14: source.tags: must be a string, not a whole number".to_owned(),
+        ),
+        (
+            with_source("mode = '0600'\n"),
+            "c.toml:5:1: source.mode: only a socket has a mode: remove it".to_owned(),
+        ),
+        (
+            with_source("unix_stream = '/run/x'\n"),
+            "c.toml:5:1: source.unix_stream: a source has exactly one of files, unix_datagram, \
+             unix_stream, stdin"
+                .to_owned(),
+        ),
+        (
+            format!("{SEND}[[source]]\nname = 'x'\n"),
+            "c.toml:3:1: source: a source has exactly one of files, unix_datagram, unix_stream, \
+             stdin"
+                .to_owned(),
+        ),
+        (
+            format!("{SEND}[[source]]\nfiles = '/a[b'\n"),
+            "c.toml:4:1: source.files: pattern \"/a[b\" is wrong at character 3: invalid range \
+             pattern; write [[] for a literal '['"
+                .to_owned(),
+        ),
+        (
+            format!("{SEND}[[source]]\nfiles = 'folder'\n"),
+            format!(
+                "c.toml:4:1: source.files: {folder} is a directory: name files, such as \
+                 {folder}/*.log"
+            ),
+        ),
+        (
+            format!("{SEND}[[source]]\nname = 'a'\nfiles = '/a'\n[[source]]\nname = 'a'\nfiles = '/b'\n"),
+            "c.toml:6:1: source: name \"a\" is taken by c.toml:3:1: source: names are unique"
+                .to_owned(),
+        ),
+        (
+            format!("{SEND}{SOURCE}[[source]]\nname = 'b'\nfiles = '/var/log/x.log'\n"),
+            "c.toml:5:1: source: the same is read by source \"/var/log/x.log\" already".to_owned(),
+        ),
+        (
+            format!("{SEND}{long}"),
+            format!(
+                "c.toml:4:1: source.unix_stream: a socket's path has at most 107 bytes, and \
+                 /{} has 108",
+                "x".repeat(107)
+            ),
+        ),
+        (
+            format!("to = 'wss://h/'\ntoken_file = 'none'\n{SOURCE}"),
+            format!(
+                "c.toml:2:1: token_file: cannot read {base}/none: No such file or directory (os \
+                 error 2)"
+            ),
+        ),
+        (
+            format!("to = 'wss://h/'\ntoken_file = 'empty'\n{SOURCE}"),
+            format!("c.toml:2:1: token_file: {base}/empty is empty"),
+        ),
+        (
+            format!("to = 'wss://h/'\ntoken_file = 'folder'\n{SOURCE}"),
+            format!("c.toml:2:1: token_file: {folder} is not a regular file"),
+        ),
+        (
+            format!("ca = 'token'\n{SEND}{SOURCE}"),
+            format!("c.toml:1:1: ca: {base}/token has no PEM block -----BEGIN CERTIFICATE-----"),
+        ),
+        (
+            format!("to = 'ws://h/'\ntoken_file = 'token'\n{SOURCE}"),
+            "c.toml:1:1: to: ws://h/ would send the token and every line unencrypted: use wss://, \
+             or allow it with --insecure-plaintext (insecure_plaintext = true)"
+                .to_owned(),
+        ),
+        (
+            format!("spool_bytes_max = 5\n{SEND}{SOURCE}"),
+            "c.toml:1:1: spool_bytes_max: must be at least 4MiB, to hold a few of the longest lines"
+                .to_owned(),
+        ),
+        (
+            format!("{SEND}source = 'x'\n"),
+            "c.toml:3:1: source: must be an array of tables: write [[source]]".to_owned(),
+        ),
+        (
+            SEND.to_owned(),
+            "configuration: nothing to send: name a FILE, a pattern, '-' or a socket, or a \
+             [[source]] in the file"
+                .to_owned(),
+        ),
+    ] {
+        let error = desk.send(SendLayer::default(), &text).expect_err(&text);
+        assert_eq!(error.to_string(), expected, "{text}");
+    }
+}
+
+#[test]
+fn broken_toml_says_where() {
+    let desk = Desk::new();
+    let error = desk.send(SendLayer::default(), "to = 'wss://h/'\ncompress = yes\n");
+    let message = error.expect_err("not TOML").to_string();
+    assert!(message.starts_with("c.toml:2:12: "), "{message}");
+    assert!(!message.contains('\n'), "{message}");
+    let missing = load_send(SendLayer::default(), Some(Path::new("no.toml")), &desk.environment());
+    assert_eq!(
+        missing.expect_err("not there").to_string(),
+        "configuration file no.toml: No such file or directory (os error 2)"
+    );
+}
+
+#[test]
+fn every_fault_is_told_at_once_in_order() {
+    let desk = Desk::new();
+    let text =
+        "to = 'http://h/'\ntoken_file = 'none'\n[[source]]\nfiles = '/x'\ntype = 'No'\nx = 1\n";
+    let message = desk.send(SendLayer::default(), text).expect_err("bad").to_string();
+    let places: Vec<_> = message.lines().map(|l| l.split(": ").next().unwrap_or("")).collect();
+    assert_eq!(places, ["c.toml:1:1", "c.toml:2:1", "c.toml:5:1", "c.toml:6:1"]);
+}
+
+#[test]
+fn flags_go_before_the_file() {
+    let desk = Desk::new();
+    let flags = SendLayer {
+        to: vec![At::flag("--to", value::endpoint("wss://flag/").expect("a URL"))],
+        spool_bytes_max: Some(At::flag("--spool-bytes-max", 8 << 20)),
+        ..SendLayer::default()
+    };
+    let text = format!(
+        "spool_bytes_max = '5MiB'\nkept_bytes_max = 77\ndrain_timeout = '3s'\n{SEND}{SOURCE}"
+    );
+    let config = desk.send(flags, &text).expect("good").config;
+    assert_eq!(config.to.len(), 1);
+    assert_eq!(config.to[0].url, "wss://flag/");
+    assert_eq!(config.spool_bytes_max, 8 << 20);
+    assert_eq!(config.kept_bytes_max, 77);
+    assert_eq!(config.drain_timeout, Duration::from_secs(3));
+
+    let file = file_argument("b.log".as_ref(), desk.dir.path()).expect("a file");
+    let place = Place::Flag("FILE");
+    let source = SourceLayer {
+        place: place.clone(),
+        name: None,
+        inputs: vec![At { value: file, place }],
+        refused: false,
+        mode: None,
+        settings: SourceSettings::default(),
+    };
+    let flags = SendLayer { sources: vec![source], ..SendLayer::default() };
+    let config = desk.send(flags, &format!("{SEND}{SOURCE}")).expect("good").config;
+    assert_eq!(config.sources.len(), 1);
+    assert_eq!(config.sources[0].name, desk.dir.path().join("b.log").display().to_string());
+}
+
+#[test]
+fn plain_websocket_stays_on_this_machine_unless_the_danger_is_named() {
+    let desk = Desk::new();
+    let send = |to: &str, danger: &str| {
+        let text = format!("to = '{to}'\ntoken_file = 'token'\n{danger}\n{SOURCE}");
+        desk.send(SendLayer::default(), &text)
+    };
+    for to in ["ws://127.0.0.1:1/", "ws://[::1]:1/", "ws://localhost/", "ws+unix:/run/x.sock"] {
+        assert!(send(to, "").is_ok_and(|loaded| loaded.warnings.is_empty()), "{to}");
+    }
+    for to in ["ws://10.0.0.1/", "ws://logs.example.com/", "ws://localhost.example.com/"] {
+        assert!(send(to, "").is_err(), "{to}");
+        assert!(send(to, "insecure_plaintext = false").is_err(), "{to}");
+        let loaded = send(to, "insecure_plaintext = true").expect("the danger is named");
+        assert!(loaded.warnings[0].contains("unencrypted"), "{to}");
+    }
+    let receive = |listen: &str, rest: &str| {
+        let text = format!("listen = '{listen}'\ntokens = 'tokens.toml'\n{rest}\n");
+        desk.receive(ReceiveLayer::default(), &text)
+    };
+    for listen in ["127.0.0.1:0", "[::1]:0", "unix:/run/x.sock"] {
+        assert!(receive(listen, "").is_ok(), "{listen}");
+    }
+    for listen in ["0.0.0.0:0", "[::]:0", "10.0.0.1:8443"] {
+        let message = receive(listen, "").expect_err(listen).to_string();
+        assert!(message.contains("--tls-cert"), "{message}");
+        assert!(receive(listen, "insecure_plaintext = true").is_ok(), "{listen}");
+        assert!(receive(listen, "tls_cert = 'ca.pem'\ntls_key = 'key.pem'").is_ok(), "{listen}");
+    }
+}
+
+#[test]
+fn a_small_receiver_gets_the_documented_defaults() {
+    let desk = Desk::new();
+    let config = desk.receive(ReceiveLayer::default(), RECEIVE).expect("good").config;
+    let DestinationConfig::Embedded(store) = config.destination else { panic!("not embedded") };
+    assert_eq!(store.file, Path::new("/state/store.sqlite"));
+    assert_eq!((store.keep_days, store.keep_bytes), (None, None));
+    assert_eq!(config.rule, IndexRule::default());
+    assert_eq!(config.days, (-400, 2));
+    assert!(config.credit <= config.memory_bytes_max);
+}
+
+#[test]
+fn bad_receivers_say_where_and_what_is_allowed() {
+    let desk = Desk::new();
+    for (text, expected) in [
+        (
+            format!("{RECEIVE}tls_cert = 'ca.pem'\n"),
+            "c.toml:3:1: tls_cert: a certificate needs its key: give --tls-key FILE (tls_key)",
+        ),
+        (
+            format!("{RECEIVE}tls_key = 'ca.pem'\ntls_cert = 'ca.pem'\n"),
+            "has no PEM block -----BEGIN PRIVATE KEY-----",
+        ),
+        (
+            format!("{RECEIVE}index = 'Logs'\n"),
+            "c.toml:3:1: index: index rule \"Logs\" makes a name that Elasticsearch refuses",
+        ),
+        (
+            format!("{RECEIVE}[elasticsearch]\nurls = ['http://a']\n[store]\nfile = 'x'\n"),
+            "c.toml:6:1: store.file: there is one destination",
+        ),
+        (
+            format!("{RECEIVE}[elasticsearch]\nurls = ['http://a']\n[store]\nkeep_days = 3\n"),
+            "c.toml:6:1: store.keep_days: only the embedded store is bounded here",
+        ),
+        (
+            format!("{RECEIVE}[elasticsearch]\nca = 'ca.pem'\n"),
+            "c.toml:4:1: elasticsearch.ca: no Elasticsearch is named",
+        ),
+        (
+            format!("{RECEIVE}[elasticsearch]\nurls = ['http://u:p@a']\n"),
+            "c.toml:4:9: elasticsearch.urls: a URL must carry no user or password",
+        ),
+        (
+            format!("{RECEIVE}[store]\nkeep_days = 0\n"),
+            "c.toml:4:1: store.keep_days: must be from 1 to 36500",
+        ),
+        (
+            format!("{RECEIVE}[store]\nkeep_day = 1\n"),
+            "c.toml:4:1: store.keep_day: unknown key; allowed here: file, keep_bytes, keep_days",
+        ),
+        (
+            format!(
+                "{RECEIVE}[elasticsearch]\nurls = 'http://a'\napi_key_file = 'token'\nuser_file = 'token'\n"
+            ),
+            "c.toml:6:1: elasticsearch.user_file: give an API key or a user, not both",
+        ),
+        (
+            format!("{RECEIVE}credit = '1KiB'\n"),
+            "c.toml:3:1: credit: must be at least one largest frame",
+        ),
+        ("listen = '8443'\ntokens = 'tokens.toml'\n".to_owned(), "must be HOST:PORT"),
+        (
+            "listen = '127.0.0.1:1'\ntokens = 'none'\n".to_owned(),
+            "is not there: make it with 'waybill token NAME --tokens ",
+        ),
+    ] {
+        let error = desk.receive(ReceiveLayer::default(), &text).expect_err(&text).to_string();
+        assert!(error.contains(expected), "{text}\n{error}");
+    }
+}
+
+#[test]
+fn naming_a_destination_on_the_command_line_drops_the_other_of_the_file() {
+    let desk = Desk::new();
+    let store = StoreLayer {
+        file: Some(At::flag("--store", "/flag.sqlite".into())),
+        ..StoreLayer::default()
+    };
+    let flags = ReceiveLayer { store, ..ReceiveLayer::default() };
+    let text = format!("{RECEIVE}[elasticsearch]\nurls = ['http://a']\nca = 'ca.pem'\n");
+    let config = desk.receive(flags, &text).expect("good").config;
+    assert!(matches!(config.destination, DestinationConfig::Embedded(_)));
+
+    let elasticsearch = ElasticsearchLayer {
+        urls: vec![At::flag("--elasticsearch", "http://b".to_owned())],
+        ..ElasticsearchLayer::default()
+    };
+    let flags = ReceiveLayer { elasticsearch, ..ReceiveLayer::default() };
+    let text = format!("{RECEIVE}[store]\nfile = 'x'\nkeep_days = 3\n");
+    let config = desk.receive(flags, &text).expect("good").config;
+    let DestinationConfig::Elasticsearch(found) = config.destination else { panic!("embedded") };
+    assert_eq!(found.urls, ["http://b"]);
+    assert_eq!(found.dead_letter_index, DEAD_LETTER_INDEX);
+}
+
+#[test]
+fn secrets_that_everyone_can_read_are_warned_of() {
+    let desk = Desk::new();
+    let token = desk.dir.path().join("token");
+    fs::set_permissions(&token, fs::Permissions::from_mode(0o644)).expect("its mode");
+    let loaded = desk.send(SendLayer::default(), &format!("{SEND}{SOURCE}")).expect("good");
+    assert_eq!(loaded.warnings.len(), 1);
+    assert!(loaded.warnings[0].contains("chmod 600"), "{:?}", loaded.warnings);
+}
+
+#[test]
+fn a_file_whose_name_looks_like_a_pattern_is_that_file() {
+    let desk = Desk::new();
+    desk.write("app[1].log", "x\n");
+    let TypedInput::Files { pattern, name } =
+        file_argument("app[1].log".as_ref(), desk.dir.path()).expect("a file")
+    else {
+        panic!("not files")
+    };
+    let found: Vec<_> = glob::glob(&pattern).expect("a pattern").flatten().collect();
+    assert_eq!(found, [desk.dir.path().join("app[1].log")]);
+    assert_eq!(name, found[0].display().to_string());
+}
+
+#[test]
+fn once_wants_its_files_and_a_terminal_for_progress() {
+    let desk = Desk::new();
+    let load = |once, terminal| {
+        let mut environment = desk.environment();
+        environment.stderr_is_terminal = terminal;
+        desk.write("c.toml", &format!("{SEND}[[source]]\nfiles = 'token'\n"));
+        let flags = SendLayer { once, ..SendLayer::default() };
+        load_send(flags, Some(Path::new("c.toml")), &environment).expect("good").config.progress
+    };
+    assert!(load(true, true));
+    assert!(!load(true, false));
+    assert!(!load(false, true));
+    let flags = SendLayer { once: true, ..SendLayer::default() };
+    let error = desk.send(flags, &format!("{SEND}[[source]]\nfiles = 'typo.log'\n"));
+    assert!(error.expect_err("not there").to_string().contains("No such file"));
+}
+
+/// Each example is loaded as it stands, with the files that it names beside it.
+#[test]
+fn the_documented_examples_load() {
+    let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/examples");
+    let read = |name| fs::read_to_string(examples.join(name)).expect("an example");
+    let desk = Desk::new();
+    desk.write("chain.pem", "-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----\n");
+    desk.write("api-key", "id:key");
+
+    let loaded = desk.send(SendLayer::default(), &read("sender.toml")).expect("a sender");
+    assert!(loaded.warnings.is_empty(), "{:?}", loaded.warnings);
+    assert_eq!(loaded.config.sources.len(), 3);
+    assert_eq!(
+        loaded.config.sources[2].input,
+        Input::UnixStream { path: "/run/waybill/syslog.sock".into(), mode: 0o660 }
+    );
+
+    let loaded = desk.receive(ReceiveLayer::default(), &read("receiver.toml")).expect("a receiver");
+    assert!(loaded.warnings.is_empty(), "{:?}", loaded.warnings);
+    assert!(matches!(loaded.config.destination, DestinationConfig::Elasticsearch(_)));
+}
+
+/// What is commented out must be right too: each `# key = value` is loaded.
+#[test]
+fn the_keys_commented_out_in_the_examples_are_known() {
+    let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/examples");
+    let mut found = 0;
+    for name in ["sender.toml", "receiver.toml"] {
+        let text = fs::read_to_string(examples.join(name)).expect("an example");
+        let mut lines = String::new();
+        for line in text.lines() {
+            let bare = line.strip_prefix("# ").filter(|rest| {
+                rest.starts_with('[')
+                    || rest.split_once(" = ").is_some_and(|(key, _)| !key.contains(' '))
+            });
+            found += usize::from(bare.is_some());
+            lines.push_str(bare.unwrap_or(line));
+            lines.push('\n');
+        }
+        let desk = Desk::new();
+        let error = match name {
+            "sender.toml" => desk.send(SendLayer::default(), &lines).err(),
+            _ => desk.receive(ReceiveLayer::default(), &lines).err(),
+        };
+        let error = error.map(|error| error.to_string()).unwrap_or_default();
+        assert!(!error.contains("unknown key") && !error.contains("must be a"), "{error}");
+    }
+    assert!(found >= 9, "only {found} keys found");
+}

@@ -1,0 +1,403 @@
+//! One connection: a task that drives a [`Session`] over a socket.
+//!
+//! Reading, writing, waiting for memory and the heartbeat never wait for each other: while the
+//! destination stalls, pings and receipts go on (design of the protocol, keep-alive).
+
+use std::collections::VecDeque;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use jiff::Timestamp;
+use tokio::sync::{AcquireError, OwnedSemaphorePermit, mpsc};
+use tokio::time::{Instant, sleep_until, timeout};
+use tracing::{debug, info, warn};
+
+use super::gate::Accepted;
+use super::session::{Sender, Session, Taken, Violation};
+use super::{CLOSE_TIMEOUT, Receiver};
+use crate::destination::{Frame, Inbox, Reply};
+use crate::protocol::{Control, Drain, Receipt, Run, Verdict};
+use crate::record::Day;
+use crate::transport::{
+    Beat, Heartbeat, Incoming, Outgoing, Socket, SocketError, SocketReceiver, SocketSender, close,
+};
+
+/// Messages on their way to the writing half.
+const WRITES_MAX: usize = 64;
+
+/// Messages that wait for those; beyond it nothing is read and no receipt taken (I7).
+const BACKLOG_MAX: usize = 256;
+
+/// A frame smaller than this is copied, so that it does not keep a whole read buffer alive.
+const COPY_BELOW_BYTES: usize = 32 << 10;
+
+/// Receipts are cut into messages of about this size.
+const RECEIPT_BYTES: usize = 32 << 10;
+
+/// Why a connection ends.
+#[derive(Debug)]
+enum End {
+    /// The sender closed.
+    Closed { code: u16, reason: String },
+    /// The connection is gone; nobody is there to close to.
+    Lost(SocketError),
+    /// Nothing came in for too long.
+    Dead,
+    /// The sender broke a rule.
+    Violation(Violation),
+    /// This side has a reason of its own.
+    Ours { code: u16, reason: &'static str },
+}
+
+impl From<Violation> for End {
+    fn from(violation: Violation) -> End {
+        End::Violation(violation)
+    }
+}
+
+impl From<SocketError> for End {
+    fn from(error: SocketError) -> End {
+        match error.close_code() {
+            Some(code) => End::Violation(Violation::new(code, error.to_string())),
+            None => End::Lost(error),
+        }
+    }
+}
+
+/// Serves a sender until it is gone.
+pub(super) async fn run(receiver: Arc<Receiver>, accepted: Accepted, socket: Socket) {
+    let heartbeat = socket.heartbeat();
+    let (sender, incoming) = socket.split();
+    let (writes, written) = mpsc::channel(WRITES_MAX);
+    let writing = write(sender, written);
+    let name = accepted.sender.name.clone();
+    let peer = accepted.peer;
+    let mut connection = Connection {
+        session: Session::new(accepted.sender.clone(), Arc::clone(&receiver.terms)),
+        tokens: receiver.tokens.clone(),
+        hello_until: Instant::now() + receiver.hello_timeout,
+        receiver,
+        accepted,
+        incoming,
+        heartbeat,
+        inbox: Arc::default(),
+        backlog: VecDeque::new(),
+        aside: None,
+        drain_until: None,
+    };
+    let mut writing = std::pin::pin!(writing);
+    let end = tokio::select! {
+        end = connection.drive(&writes) => end,
+        (_, result) = &mut writing => match result {
+            Err(error) => End::Lost(error),
+            // Not before `writes` is dropped.
+            Ok(()) => End::Lost(SocketError::Closed),
+        },
+    };
+    match &end {
+        End::Closed { code, reason } => {
+            info!(sender = ?name, code, reason = ?reason, "sender closed")
+        }
+        End::Lost(error) => info!(sender = ?name, %peer, %error, "connection lost"),
+        End::Dead => info!(sender = ?name, %peer, "connection dead: nothing came in"),
+        End::Violation(Violation { code, reason }) => {
+            warn!(sender = ?name, %peer, code, reason = ?reason, "sender broke the protocol");
+        }
+        End::Ours { code, reason } => info!(sender = ?name, code, reason, "closing"),
+    }
+    let (code, reason) = match &end {
+        End::Lost(_) | End::Dead => return,
+        End::Closed { .. } => (close::NORMAL, ""),
+        End::Violation(violation) => (violation.code, violation.reason.as_str()),
+        End::Ours { code, reason } => (*code, *reason),
+    };
+    drop(writes);
+    finish(writing, connection.incoming, code, reason).await;
+}
+
+/// The close handshake; bytes that still come in are read and dropped, because a socket that is
+/// closed with unread bytes is reset, and a reset loses the close frame.
+async fn finish(
+    writing: impl Future<Output = (SocketSender, Result<(), SocketError>)>,
+    mut incoming: SocketReceiver,
+    code: u16,
+    reason: &str,
+) {
+    let closing = async {
+        let (mut sender, result) = writing.await;
+        if result.is_ok()
+            && let Err(error) = sender.close(code, reason).await
+        {
+            debug!(%error, "no close handshake");
+        }
+    };
+    let reading = async { while let Some(Ok(_)) = incoming.next().await {} };
+    let _ = timeout(CLOSE_TIMEOUT, async { tokio::join!(closing, reading) }).await;
+}
+
+/// Writes what comes until the channel ends; many messages, one flush.
+async fn write(
+    mut sender: SocketSender,
+    mut messages: mpsc::Receiver<Outgoing>,
+) -> (SocketSender, Result<(), SocketError>) {
+    while let Some(message) = messages.recv().await {
+        let mut next = Some(message);
+        while let Some(message) = next {
+            if let Err(error) = sender.feed(message).await {
+                return (sender, Err(error));
+            }
+            next = messages.try_recv().ok();
+        }
+        if let Err(error) = sender.flush().await {
+            return (sender, Err(error));
+        }
+    }
+    (sender, Ok(()))
+}
+
+struct Connection {
+    receiver: Arc<Receiver>,
+    accepted: Accepted,
+    session: Session,
+    tokens: tokio::sync::watch::Receiver<Arc<super::Tokens>>,
+    incoming: SocketReceiver,
+    heartbeat: Heartbeat,
+    inbox: Arc<Inbox>,
+    /// Answers that the writing half has no room for yet.
+    backlog: VecDeque<Outgoing>,
+    /// A frame that waits for memory; nothing is read meanwhile.
+    aside: Option<Aside>,
+    hello_until: Instant,
+    drain_until: Option<Instant>,
+}
+
+struct Aside {
+    taken: Taken,
+    memory: Pin<Box<dyn Future<Output = Result<OwnedSemaphorePermit, AcquireError>> + Send>>,
+}
+
+/// What woke the connection.
+enum Event {
+    Message(Option<Result<Incoming, SocketError>>),
+    Receipts(VecDeque<Receipt>),
+    Memory(OwnedSemaphorePermit),
+    Beat(Beat),
+    Room,
+    TokensChanged,
+    HelloOverdue,
+    Drain,
+    DrainOver,
+}
+
+impl Connection {
+    /// Until there is a reason to end. Dropped only when the connection ends anyway.
+    async fn drive(&mut self, writes: &mpsc::Sender<Outgoing>) -> End {
+        loop {
+            self.hand_over(writes);
+            if self.drain_until.is_some() && self.is_drained() {
+                return End::Ours { code: close::GOING_AWAY, reason: "this receiver stops" };
+            }
+            let event = self.event(writes).await;
+            if let Err(end) = self.handle(event) {
+                return end;
+            }
+        }
+    }
+
+    fn hand_over(&mut self, writes: &mpsc::Sender<Outgoing>) {
+        while let Some(message) = self.backlog.pop_front() {
+            if let Err(mpsc::error::TrySendError::Full(message)) = writes.try_send(message) {
+                self.backlog.push_front(message);
+                return;
+            }
+        }
+    }
+
+    /// Every future here may be dropped without a loss.
+    async fn event(&mut self, writes: &mpsc::Sender<Outgoing>) -> Event {
+        let room = self.backlog.len() < BACKLOG_MAX;
+        let says_hello = self.session.instance().is_none();
+        let draining = self.drain_until;
+        let (tokens, shutdown) = (&mut self.tokens, &self.receiver.shutdown);
+        tokio::select! {
+            message = self.incoming.next(), if room && self.aside.is_none() => {
+                Event::Message(message)
+            }
+            receipts = self.inbox.take(), if room => Event::Receipts(receipts),
+            memory = memory(&mut self.aside) => Event::Memory(memory),
+            beat = self.heartbeat.next() => Event::Beat(beat),
+            _ = writes.reserve(), if !self.backlog.is_empty() => Event::Room,
+            Ok(()) = tokens.changed() => Event::TokensChanged,
+            () = sleep_until(self.hello_until), if says_hello => Event::HelloOverdue,
+            () = shutdown.requested(), if draining.is_none() => Event::Drain,
+            () = sleep_until(draining.unwrap_or_else(Instant::now)), if draining.is_some() => {
+                Event::DrainOver
+            }
+        }
+    }
+
+    fn handle(&mut self, event: Event) -> Result<(), End> {
+        match event {
+            Event::Message(None) => return Err(End::Lost(SocketError::Closed)),
+            Event::Message(Some(message)) => self.message(message?)?,
+            Event::Receipts(receipts) => self.receipts(receipts),
+            Event::Memory(memory) => {
+                if let Some(aside) = self.aside.take() {
+                    // What the peer sent meanwhile lies unread: that was our silence, not its.
+                    self.heartbeat.touch();
+                    self.push(aside.taken, memory);
+                }
+            }
+            // A sender that takes nothing needs no further ping to take.
+            Event::Beat(Beat::Ping) if self.backlog.len() >= BACKLOG_MAX => {}
+            Event::Beat(Beat::Ping) => self.backlog.push_back(Outgoing::Ping),
+            Event::Beat(Beat::Dead) if self.aside.is_some() => self.heartbeat.touch(),
+            Event::Beat(Beat::Dead) => return Err(End::Dead),
+            Event::Room => {}
+            Event::TokensChanged => self.check_token()?,
+            Event::HelloOverdue => {
+                return Err(Violation::new(close::POLICY, "said nothing").into());
+            }
+            Event::Drain => {
+                let within = self.receiver.drain_timeout;
+                self.drain_until = Some(Instant::now() + within);
+                self.send(&Control::Drain(Drain { within }));
+            }
+            Event::DrainOver => {
+                let reason = "this receiver stops before all was answered";
+                return Err(End::Ours { code: close::GOING_AWAY, reason });
+            }
+        }
+        Ok(())
+    }
+
+    fn message(&mut self, message: Incoming) -> Result<(), End> {
+        match message {
+            Incoming::Text(text) => {
+                let before = self.session.instance();
+                let answer = self.session.text(&text, Day::today())?;
+                if let (None, Some(instance)) = (before, self.session.instance()) {
+                    self.receiver.instances.note(&self.accepted.sender, instance);
+                }
+                if let Some(answer) = answer {
+                    self.send(&answer);
+                }
+            }
+            Incoming::Binary(bytes) => {
+                if let Some(taken) = self.session.binary(bytes)? {
+                    self.take(taken);
+                }
+            }
+            Incoming::Ping | Incoming::Pong => {}
+            Incoming::Close { code, reason } => return Err(End::Closed { code, reason }),
+        }
+        Ok(())
+    }
+
+    /// Waits for memory only where there is none right now.
+    fn take(&mut self, taken: Taken) {
+        let bytes = u32::try_from(taken.frame.records.len()).unwrap_or(u32::MAX);
+        let memory = Arc::clone(&self.receiver.memory);
+        match Arc::clone(&memory).try_acquire_many_owned(bytes) {
+            Ok(memory) => self.push(taken, memory),
+            Err(_) => {
+                let memory = Box::pin(memory.acquire_many_owned(bytes));
+                self.aside = Some(Aside { taken, memory });
+            }
+        }
+    }
+
+    fn push(&mut self, taken: Taken, memory: OwnedSemaphorePermit) {
+        let Taken { segment, frame } = taken;
+        let held = self.receiver.memory_bytes_max - self.receiver.memory.available_permits();
+        if held == memory.num_permits() {
+            self.receiver.health.note();
+        }
+        let records = match frame.records.len() {
+            0..COPY_BELOW_BYTES => Bytes::copy_from_slice(&frame.records),
+            _ => frame.records,
+        };
+        self.receiver.queue.push(Frame {
+            segment,
+            offset: frame.offset,
+            read_at: frame.read_at,
+            continues: frame.flags.continues,
+            records,
+            reply: Reply::new(Arc::clone(&self.inbox), frame.handle),
+            memory,
+        });
+    }
+
+    fn receipts(&mut self, receipts: VecDeque<Receipt>) {
+        for receipt in receipts {
+            self.session.settle(&receipt);
+            if receipt.runs.iter().any(|run| run.verdict.is_final()) {
+                self.receiver.health.note();
+            }
+            for part in parts(receipt) {
+                self.send(&Control::Receipt(part));
+            }
+        }
+    }
+
+    fn send(&mut self, message: &Control) {
+        self.backlog.push_back(Outgoing::Text(message.encode()));
+    }
+
+    fn is_drained(&self) -> bool {
+        self.session.is_idle() && self.backlog.is_empty()
+    }
+
+    /// A token that was revoked, replaced or has expired ends its connections; one whose entry
+    /// says something else now makes its sender connect again.
+    fn check_token(&self) -> Result<(), End> {
+        let tokens = Arc::clone(&self.receiver.tokens.borrow());
+        match tokens.find(&self.accepted.hash, Timestamp::now()) {
+            None => {
+                let reason = "the token was revoked, replaced or has expired";
+                Err(End::Ours { code: close::POLICY, reason })
+            }
+            Some(entry) if Sender::of(entry) != self.accepted.sender => {
+                let reason = "the entry of this token changed: connect again";
+                Err(End::Ours { code: close::RESTART, reason })
+            }
+            Some(_) => Ok(()),
+        }
+    }
+}
+
+/// The memory for the frame aside; never, where there is none.
+async fn memory(aside: &mut Option<Aside>) -> OwnedSemaphorePermit {
+    match aside {
+        None => std::future::pending().await,
+        Some(aside) => (&mut aside.memory).await.expect("the semaphore is never closed"),
+    }
+}
+
+/// Cuts a receipt of very many runs, so that no message grows past what a sender takes.
+fn parts(receipt: Receipt) -> impl Iterator<Item = Receipt> {
+    let Receipt { handle, mut from, runs, .. } = receipt;
+    let mut runs = runs.into_iter().peekable();
+    std::iter::from_fn(move || {
+        let mut part = vec![runs.next()?];
+        let mut bytes = size(&part[0]);
+        while let Some(run) = runs.next_if(|run| bytes + size(run) <= RECEIPT_BYTES) {
+            bytes += size(&run);
+            part.push(run);
+        }
+        let to = part.last().map_or(from, |run| run.to);
+        let receipt = Receipt { handle, from, to, runs: part };
+        from = to;
+        Some(receipt)
+    })
+}
+
+/// Upper bound of a run's text: numbers and names, and a reason with every byte escaped.
+fn size(run: &Run) -> usize {
+    let reason = match &run.verdict {
+        Verdict::Parked { reason } | Verdict::Deferred { reason, .. } => reason.len(),
+        Verdict::Stored | Verdict::Already | Verdict::Skipped => 0,
+    };
+    128 + 6 * reason
+}

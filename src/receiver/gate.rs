@@ -1,0 +1,190 @@
+//! What is decided at the HTTP request, before any WebSocket byte: who may come in.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use tracing::{info, warn};
+use uuid::Uuid;
+
+use super::Receiver;
+use super::session::Sender;
+use super::tokens::{self, Entry, TokenHash};
+use crate::protocol::SUBPROTOCOL;
+use crate::record::SenderId;
+use crate::transport::{Answer, Peer, Refuse, Request};
+
+/// How many connections one sender may have.
+const CONNECTIONS_MAX: usize = 16;
+
+/// What a refused sender is asked to wait where waiting helps.
+const RETRY_AFTER: Duration = Duration::from_secs(5);
+
+/// Two instances under one token within this time are reported.
+const INSTANCES_WITHIN: Duration = Duration::from_secs(600);
+
+/// A sender that showed a valid token.
+#[derive(Debug)]
+pub struct Accepted {
+    pub(super) sender: Sender,
+    pub(super) hash: TokenHash,
+    pub(super) peer: Peer,
+    /// Held while the connection lives.
+    pub(super) _slot: Slot,
+}
+
+impl Sender {
+    pub(super) fn of(entry: &Entry) -> Sender {
+        Sender { id: entry.id, name: entry.name.clone(), types: entry.allowed_types() }
+    }
+}
+
+/// Decides about one request.
+pub(super) fn answer(receiver: &Receiver, request: &Request) -> Answer<Accepted> {
+    if !request.is_upgrade() {
+        return Answer::Refuse(plain(receiver, request));
+    }
+    match admit(receiver, request) {
+        Ok(session) => Answer::Accept { subprotocol: SUBPROTOCOL, session },
+        Err(refuse) => {
+            info!(peer = %request.peer(), status = refuse.status, why = refuse.body.trim_end(), "refused");
+            Answer::Refuse(refuse)
+        }
+    }
+}
+
+/// Requests that ask for no WebSocket: health, and a word to those who are lost.
+fn plain(receiver: &Receiver, request: &Request) -> Refuse {
+    match (request.is_get(), request.path()) {
+        (true, "/health/live") => Refuse::new(200, "live\n"),
+        (true, "/health/ready") if receiver.shutdown.is_requested() => {
+            Refuse::new(503, "draining\n")
+        }
+        (true, "/health/ready") if !receiver.health.is_ready(receiver.memory_in_use()) => {
+            Refuse::new(503, "the destination does not answer\n")
+        }
+        (true, "/health/ready") => Refuse::new(200, "ready\n"),
+        (true, _) => Refuse::new(426, "this is a Waybill receiver: it speaks WebSocket only\n"),
+        (false, _) => Refuse::new(404, "this is a Waybill receiver: it takes no uploads\n"),
+    }
+}
+
+fn admit(receiver: &Receiver, request: &Request) -> Result<Accepted, Refuse> {
+    if receiver.shutdown.is_requested() {
+        let refuse = Refuse::new(503, "this receiver is stopping\n");
+        return Err(Refuse { retry_after: Some(RETRY_AFTER), ..refuse });
+    }
+    // A browser says where its page is from; a page has no business here, whatever it knows.
+    if request.has_header("origin") {
+        return Err(Refuse::new(403, "requests of web pages are refused (header Origin)\n"));
+    }
+    let (sender, hash) = authenticate(receiver, request)
+        .ok_or_else(|| Refuse::new(401, "the token is missing, unknown, expired or revoked\n"))?;
+    if !request.offers(SUBPROTOCOL) {
+        return Err(Refuse::new(400, format!("the subprotocol spoken here is {SUBPROTOCOL}\n")));
+    }
+    let slot = receiver.slots.take(sender.id).ok_or_else(|| {
+        let text = format!("this sender has {CONNECTIONS_MAX} connections open already\n");
+        Refuse { retry_after: Some(RETRY_AFTER), ..Refuse::new(429, text) }
+    })?;
+    Ok(Accepted { sender, hash, peer: request.peer(), _slot: slot })
+}
+
+fn authenticate(receiver: &Receiver, request: &Request) -> Option<(Sender, TokenHash)> {
+    let (scheme, token) = request.header("authorization")?.split_once(' ')?;
+    if !scheme.eq_ignore_ascii_case("bearer") {
+        return None;
+    }
+    let hash = tokens::hash(token.trim());
+    let tokens = Arc::clone(&receiver.tokens.borrow());
+    tokens.find(&hash, Timestamp::now()).map(|entry| (Sender::of(entry), hash))
+}
+
+/// Open connections per sender.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Slots(Arc<Mutex<HashMap<SenderId, usize>>>);
+
+/// One of them; given back when dropped.
+#[derive(Debug)]
+pub(super) struct Slot {
+    slots: Slots,
+    sender: SenderId,
+}
+
+impl Slots {
+    fn take(&self, sender: SenderId) -> Option<Slot> {
+        let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = open.entry(sender).or_default();
+        if *count >= CONNECTIONS_MAX {
+            return None;
+        }
+        *count += 1;
+        Some(Slot { slots: self.clone(), sender })
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        let mut open = self.slots.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = open.get_mut(&self.sender) {
+            *count -= 1;
+            if *count == 0 {
+                open.remove(&self.sender);
+            }
+        }
+    }
+}
+
+/// The last instance of each sender: a second one means a copied token or state directory. Ids
+/// make that harmless for what is stored, but a person should know.
+#[derive(Debug, Default)]
+pub(super) struct Instances(Mutex<HashMap<SenderId, (Uuid, Instant)>>);
+
+impl Instances {
+    pub(super) fn note(&self, sender: &Sender, instance: Uuid) {
+        if let Some(other) = self.other(sender.id, instance, Instant::now()) {
+            warn!(
+                sender = ?sender.name, %instance, %other,
+                "two instances use this sender's token: give each machine a token of its own"
+            );
+        }
+    }
+
+    /// Another instance of the sender, if it was here a short while ago.
+    fn other(&self, sender: SenderId, instance: Uuid, now: Instant) -> Option<Uuid> {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (before, at) = known.insert(sender, (instance, now))?;
+        (before != instance && now.duration_since(at) < INSTANCES_WITHIN).then_some(before)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_instances_within_minutes_are_reported_and_a_successor_is_not() {
+        let instances = Instances::default();
+        let sender = SenderId::mint();
+        let (one, two) = (Uuid::from_u128(1), Uuid::from_u128(2));
+        let start = Instant::now();
+        assert_eq!(instances.other(sender, one, start), None);
+        assert_eq!(instances.other(sender, one, start), None, "the same again");
+        assert_eq!(instances.other(sender, two, start + Duration::from_secs(5)), Some(one));
+        let later = start + Duration::from_secs(5) + INSTANCES_WITHIN;
+        assert_eq!(instances.other(sender, one, later), None);
+    }
+
+    #[test]
+    fn a_slot_comes_back_when_its_connection_ends() {
+        let slots = Slots::default();
+        let sender = SenderId::mint();
+        let mut held: Vec<Slot> = (0..CONNECTIONS_MAX).filter_map(|_| slots.take(sender)).collect();
+        assert_eq!(held.len(), CONNECTIONS_MAX);
+        assert!(slots.take(sender).is_none());
+        assert!(slots.take(SenderId::mint()).is_some(), "another sender");
+        held.pop();
+        assert!(slots.take(sender).is_some());
+    }
+}

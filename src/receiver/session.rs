@@ -1,0 +1,303 @@
+//! The receiver's side of `waybill.v1` without I/O: messages in, answers and frames out.
+//!
+//! Everything that comes in is outside bytes: whatever it holds, the worst is a close code (I8).
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use thiserror::Error;
+use tracing::{info, warn};
+use uuid::Uuid;
+
+use super::outstanding::Outstanding;
+use crate::parse::Segment;
+use crate::protocol::{
+    Control, DataFrame, DayBounds, FRAME_BYTES_MAX, FRAMES_OUTSTANDING_MAX, FrameError, Hello,
+    Limits, Open, Receipt, RefusalCode, Refused, VERSION, Welcome,
+};
+use crate::record::{Day, IndexRule, OFFSET_MAX, Row, SenderId, TypeName};
+use crate::transport::close;
+
+/// The longest control message, in bytes: rows are small, and each one is kept (I7).
+const CONTROL_BYTES_MAX: usize = 64 << 10;
+
+/// How many segments one connection may open before it must connect anew, which costs nothing.
+const SEGMENTS_MAX: usize = 10_000;
+
+const ZSTD: &str = "zstd";
+
+/// Who was authenticated at the upgrade.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Sender {
+    pub(super) id: SenderId,
+    pub(super) name: String,
+    pub(super) types: Vec<TypeName>,
+}
+
+/// What a receiver tells every sender and checks every segment against.
+#[derive(Clone, Debug)]
+pub(super) struct Terms {
+    pub(super) rule: IndexRule,
+    pub(super) former_rules: Vec<IndexRule>,
+    /// Relative to today.
+    pub(super) days: (i32, i32),
+    /// Uncompressed bytes per connection; at least one largest frame.
+    pub(super) credit: u64,
+    pub(super) destination: Option<Uuid>,
+}
+
+impl Terms {
+    fn day_bounds(&self, today: Day) -> DayBounds {
+        DayBounds { from: today.plus(self.days.0), to: today.plus(self.days.1) }
+    }
+}
+
+/// Why a session ends: the sender broke a rule.
+#[derive(Clone, PartialEq, Eq, Debug, Error)]
+#[error("{reason}")]
+pub(super) struct Violation {
+    /// RFC 6455 §7.4.1.
+    pub(super) code: u16,
+    /// For the close frame and the log.
+    pub(super) reason: String,
+}
+
+impl Violation {
+    pub(super) fn new(code: u16, reason: impl Into<String>) -> Violation {
+        Violation { code, reason: reason.into() }
+    }
+}
+
+impl From<FrameError> for Violation {
+    fn from(error: FrameError) -> Violation {
+        let code = match &error {
+            FrameError::Size(_) => close::TOO_BIG,
+            FrameError::Zstd(_) => close::BAD_DATA,
+            FrameError::Short(_)
+            | FrameError::Unknown(_)
+            | FrameError::Length { .. }
+            | FrameError::Offset(_) => close::PROTOCOL,
+        };
+        Violation::new(code, error.to_string())
+    }
+}
+
+/// A frame that passed every check and was counted.
+#[derive(Debug)]
+pub(super) struct Taken {
+    pub(super) segment: Arc<Segment>,
+    pub(super) frame: DataFrame,
+}
+
+/// One connection's state.
+#[derive(Debug)]
+pub(super) struct Session {
+    sender: Sender,
+    terms: Arc<Terms>,
+    state: State,
+    segments: HashMap<u32, Declared>,
+    outstanding: Outstanding,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum State {
+    AwaitsHello,
+    Open { instance: Uuid },
+}
+
+/// What an `open` came to.
+#[derive(Debug)]
+enum Declared {
+    Accepted(Arc<Segment>),
+    Refused,
+}
+
+impl Session {
+    pub(super) fn new(sender: Sender, terms: Arc<Terms>) -> Session {
+        Session {
+            sender,
+            terms,
+            state: State::AwaitsHello,
+            segments: HashMap::new(),
+            outstanding: Outstanding::default(),
+        }
+    }
+
+    /// The sender's instance, once it said `hello`.
+    pub(super) fn instance(&self) -> Option<Uuid> {
+        match self.state {
+            State::AwaitsHello => None,
+            State::Open { instance } => Some(instance),
+        }
+    }
+
+    /// Whether no frame awaits a receipt.
+    pub(super) fn is_idle(&self) -> bool {
+        self.outstanding.is_empty()
+    }
+
+    /// A text message; gives the answer, where there is one.
+    pub(super) fn text(&mut self, text: &str, today: Day) -> Result<Option<Control>, Violation> {
+        if text.len() > CONTROL_BYTES_MAX {
+            let reason =
+                format!("control message of {} bytes, allowed are {CONTROL_BYTES_MAX}", text.len());
+            return Err(Violation::new(close::TOO_BIG, reason));
+        }
+        let message = Control::decode(text).map_err(|error| {
+            Violation::new(close::BAD_DATA, format!("control message is broken: {error}"))
+        })?;
+        match (message, self.state) {
+            (Control::Hello(hello), State::AwaitsHello) => self.hello(&hello, today).map(Some),
+            (Control::Open(open), State::Open { .. }) => self.open(*open, today),
+            (_, State::AwaitsHello) => {
+                Err(Violation::new(close::PROTOCOL, "the first message must be hello"))
+            }
+            (_, State::Open { .. }) => {
+                Err(Violation::new(close::PROTOCOL, "a sender says hello once, then only open"))
+            }
+        }
+    }
+
+    fn hello(&mut self, hello: &Hello, today: Day) -> Result<Control, Violation> {
+        if hello.version.abs_diff(VERSION) > 1 {
+            let reason = format!(
+                "version {} is too far from {VERSION}, which is spoken here: update the older side",
+                hello.version
+            );
+            return Err(Violation::new(close::PROTOCOL, reason));
+        }
+        info!(
+            sender = ?self.sender.name, instance = %hello.instance, agent = ?hello.agent,
+            "sender connected"
+        );
+        self.state = State::Open { instance: hello.instance };
+        let features = hello.features.iter().filter(|feature| *feature == ZSTD).take(1);
+        Ok(Control::Welcome(Welcome {
+            version: VERSION,
+            features: features.cloned().collect(),
+            sender: self.sender.id,
+            name: self.sender.name.clone(),
+            credit: self.terms.credit,
+            limits: Limits {
+                frame_bytes: FRAME_BYTES_MAX as u64,
+                frames: FRAMES_OUTSTANDING_MAX as u64,
+            },
+            rule: self.terms.rule.clone(),
+            types: self.sender.types.clone(),
+            days: self.terms.day_bounds(today),
+            destination: self.terms.destination,
+        }))
+    }
+
+    fn open(&mut self, open: Open, today: Day) -> Result<Option<Control>, Violation> {
+        let Open { handle, row } = open;
+        if self.segments.contains_key(&handle) {
+            let reason = format!("handle {handle} is declared twice");
+            return Err(Violation::new(close::PROTOCOL, reason));
+        }
+        if self.segments.len() >= SEGMENTS_MAX {
+            let reason = format!("{SEGMENTS_MAX} segments were opened here: connect again");
+            return Err(Violation::new(close::RESTART, reason));
+        }
+        match self.check(&row, today) {
+            Ok(index) => {
+                let (id, name) = (self.sender.id, self.sender.name.clone());
+                let segment = Arc::new(Segment::new(row, id, name, index));
+                self.segments.insert(handle, Declared::Accepted(segment));
+                Ok(None)
+            }
+            Err((code, reason)) => {
+                warn!(
+                    sender = ?self.sender.name, segment = %row.segment, source = ?row.source,
+                    reason, "segment refused"
+                );
+                self.segments.insert(handle, Declared::Refused);
+                Ok(Some(Control::Refused(Refused { handle, code, reason })))
+            }
+        }
+    }
+
+    /// The index of an acceptable row, or why it is refused and the line that mends it.
+    fn check(&self, row: &Row, today: Day) -> Result<String, (RefusalCode, String)> {
+        let name = &self.sender.name;
+        if row.sender != Some(self.sender.id) {
+            let reason = format!(
+                "the row belongs to another sender than {name:?}: end it and open a new one"
+            );
+            return Err((RefusalCode::Sender, reason));
+        }
+        let Some(rule) = &row.rule else {
+            return Err((RefusalCode::Row, "the row has no index rule".to_owned()));
+        };
+        if *rule != self.terms.rule && !self.terms.former_rules.contains(rule) {
+            let reason = format!(
+                "its lines began under another index rule; at the receiver, add this to its \
+                 configuration: former_rules = [{:?}]",
+                rule.as_str()
+            );
+            return Err((RefusalCode::Rule, reason));
+        }
+        if !self.sender.types.contains(&row.type_name) {
+            let mut types: Vec<&str> = self.sender.types.iter().map(TypeName::as_str).collect();
+            types.push(row.type_name.as_str());
+            let reason = format!(
+                "type {:?} is not listed with this token; in the receiver's tokens file, set for \
+                 {name:?}: types = {types:?}",
+                row.type_name.as_str()
+            );
+            return Err((RefusalCode::Type, reason));
+        }
+        let days = self.terms.day_bounds(today);
+        if !days.contains(row.day) {
+            let (from, to) = self.terms.days;
+            let reason = format!(
+                "day {} is outside {} to {} (today {from:+} to {to:+} days): check the sender's \
+                 clock, or widen the bounds of days at the receiver",
+                row.day, days.from, days.to
+            );
+            return Err((RefusalCode::Day, reason));
+        }
+        if !row.framing.is_known() {
+            let reason = "its framing is not known here: update the receiver".to_owned();
+            return Err((RefusalCode::Framing, reason));
+        }
+        if row.start >= OFFSET_MAX {
+            return Err((RefusalCode::Row, "the row starts past any segment's end".to_owned()));
+        }
+        Ok(rule.name(&row.type_name, row.day))
+    }
+
+    /// A binary message; `None` for a frame of a refused segment, which is dropped.
+    pub(super) fn binary(&mut self, message: Bytes) -> Result<Option<Taken>, Violation> {
+        if self.state == State::AwaitsHello {
+            return Err(Violation::new(close::PROTOCOL, "the first message must be hello"));
+        }
+        let frame = DataFrame::decode(message)?;
+        let segment = match self.segments.get(&frame.handle) {
+            Some(Declared::Accepted(segment)) => Arc::clone(segment),
+            Some(Declared::Refused) => return Ok(None),
+            None => {
+                let reason = format!("frame for handle {}, which is not open", frame.handle);
+                return Err(Violation::new(close::PROTOCOL, reason));
+            }
+        };
+        let bytes = frame.records.len() as u64;
+        let (held, frames) = (self.outstanding.bytes(), self.outstanding.frames());
+        if held + bytes > self.terms.credit {
+            let reason = format!("{held} bytes await a receipt and {bytes} more exceed the credit");
+            return Err(Violation::new(close::POLICY, reason));
+        }
+        if frames >= FRAMES_OUTSTANDING_MAX {
+            let reason = format!("{frames} frames await a receipt, which is the limit");
+            return Err(Violation::new(close::POLICY, reason));
+        }
+        self.outstanding.add(frame.handle, frame.offset, bytes);
+        Ok(Some(Taken { segment, frame }))
+    }
+
+    /// A receipt leaves for the sender.
+    pub(super) fn settle(&mut self, receipt: &Receipt) {
+        self.outstanding.settle(receipt);
+    }
+}

@@ -1,0 +1,312 @@
+//! Where a stream reads: a file or a spool segment, checked after every read.
+//!
+//! Blocking; called from the blocking pool. A read that disagrees with what is known of the file
+//! is thrown away before a byte of it is framed.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use bytes::{Bytes, BytesMut};
+
+use crate::protocol::{DataFrame, FRAME_BYTES_TARGET, FRAME_HEADER_BYTES, FrameFlags};
+use crate::record::framing::Whole;
+use crate::record::{Framing, SegmentId};
+use crate::source::files::fingerprint::{
+    FINGERPRINT_BYTES, PREFIX_BYTES_MAX, fingerprint, first_bytes,
+};
+use crate::source::files::tail::Tail;
+use crate::spool::{Chunk, Spool};
+use crate::state::Fingerprint;
+
+/// A run of bytes that can be read again and again.
+#[derive(Debug)]
+pub enum Origin {
+    /// A file that somebody else writes.
+    File(FileOrigin),
+    /// What is left of a deleted file, in the state directory.
+    Kept(KeptOrigin),
+    /// A segment of a spool.
+    Spool {
+        /// The spool.
+        spool: Arc<Spool>,
+        /// Which of its segments.
+        segment: SegmentId,
+    },
+}
+
+/// An open file with its first bytes as they are known.
+#[derive(Debug)]
+pub struct FileOrigin {
+    /// The file.
+    pub tail: Tail,
+    first: Vec<u8>,
+}
+
+/// A copy of a deleted file's unreceipted end.
+#[derive(Debug)]
+pub struct KeptOrigin {
+    /// The copy.
+    pub file: File,
+    /// The offset of its first byte in the run.
+    pub from: u64,
+}
+
+/// What to read.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Where.
+    pub from: u64,
+    /// Not past here, where that is known: the end of the segment, a cut, or of a range that is
+    /// read again.
+    pub to: Option<u64>,
+    /// How many bytes to ask for.
+    pub want: usize,
+    /// What the bytes before `from` were, where known.
+    pub before: Vec<u8>,
+    /// What the bytes before `to` must be, where known.
+    pub expect: Option<Fingerprint>,
+    /// The segment's framing.
+    pub framing: Framing,
+    /// The segment's handle on this connection.
+    pub handle: u32,
+    /// This range was sent before.
+    pub resend: bool,
+    /// Compress the frame.
+    pub compress: bool,
+}
+
+/// Whole records, framed.
+#[derive(Debug)]
+pub struct Framed {
+    /// The binary message.
+    pub message: Bytes,
+    /// The records in it.
+    pub records: Bytes,
+    /// One past the last byte.
+    pub to: u64,
+    /// Of the bytes before `to`.
+    pub fingerprint: Fingerprint,
+    /// The last (at most 64) bytes before `to`.
+    pub before: Vec<u8>,
+    /// The first record goes on from one that was cut.
+    pub continues: bool,
+}
+
+/// What a read found.
+#[derive(Debug)]
+pub enum Read {
+    /// Records to send.
+    Framed(Framed),
+    /// A run of NUL bytes up to here: nothing to send.
+    Nul {
+        /// One past the last of them.
+        to: u64,
+    },
+    /// A damaged or missing stretch up to here: a loss to report.
+    Lost {
+        /// Where reading goes on.
+        to: u64,
+    },
+    /// More bytes must be asked for to see a whole record.
+    Needs(usize),
+    /// No whole record yet; so many bytes of one.
+    Partial(u64),
+    /// The run has ended before `from`.
+    End,
+    /// The file is no longer what it was: recognise it again.
+    Disagrees,
+}
+
+impl FileOrigin {
+    /// Takes a file that was recognised just now.
+    pub fn new(mut tail: Tail) -> io::Result<FileOrigin> {
+        let first = first_bytes(&mut tail)?;
+        Ok(FileOrigin { tail, first })
+    }
+
+    /// The first bytes known by now, at most 1 KiB.
+    pub fn first(&self) -> &[u8] {
+        &self.first
+    }
+
+    /// Whether size, first bytes and the bytes before `from` still agree after a read up to `end`.
+    fn agrees(&mut self, from: u64, end: u64, before: &[u8]) -> io::Result<bool> {
+        if self.tail.is_compressed() {
+            return self.tail.is_unchanged();
+        }
+        if self.tail.size()? < end {
+            return Ok(false);
+        }
+        let mut first = vec![0; PREFIX_BYTES_MAX];
+        let read = self.tail.read_at(0, &mut first)?;
+        first.truncate(read);
+        if !first.starts_with(&self.first) {
+            return Ok(false);
+        }
+        self.first = first;
+        let mut now = [0; FINGERPRINT_BYTES];
+        let now = &mut now[..before.len()];
+        let read = self.tail.read_at(from - before.len() as u64, now)?;
+        Ok(read == before.len() && now == before)
+    }
+}
+
+impl Origin {
+    /// The last (at most 64) bytes before an offset.
+    pub fn before(&mut self, offset: u64) -> io::Result<Vec<u8>> {
+        let start = offset.saturating_sub(FINGERPRINT_BYTES as u64);
+        let mut before = vec![0; (offset - start) as usize];
+        let read = match self {
+            Origin::File(file) => file.tail.read_at(start, &mut before)?,
+            Origin::Kept(kept) if start >= kept.from => kept.read_at(start, &mut before)?,
+            // Spool records carry checksums of their own; a copy starts where it starts.
+            Origin::Kept(_) | Origin::Spool { .. } => before.len(),
+        };
+        before.truncate(read);
+        Ok(before)
+    }
+
+    /// Reads and frames. See [`Read`].
+    pub fn read(&mut self, request: &Request) -> io::Result<Read> {
+        match self {
+            Origin::Spool { spool, segment } => read_spool(spool, *segment, request),
+            Origin::File(_) | Origin::Kept(_) => self.read_bytes(request),
+        }
+    }
+
+    fn read_bytes(&mut self, request: &Request) -> io::Result<Read> {
+        let from = request.from;
+        let room = request.to.map_or(u64::MAX, |to| to.saturating_sub(from));
+        let want = request.want.min(usize::try_from(room).unwrap_or(usize::MAX));
+        let mut message = BytesMut::zeroed(FRAME_HEADER_BYTES + want);
+        let read = match self {
+            Origin::File(file) => file.tail.read_at(from, &mut message[FRAME_HEADER_BYTES..])?,
+            Origin::Kept(kept) => kept.read_at(from, &mut message[FRAME_HEADER_BYTES..])?,
+            Origin::Spool { .. } => 0,
+        };
+        let read_at = now_ms();
+        if let Origin::File(file) = self
+            && !file.agrees(from, from + read as u64, &request.before)?
+        {
+            return Ok(Read::Disagrees);
+        }
+        message.truncate(FRAME_HEADER_BYTES + read);
+        if request.resend {
+            let whole = read as u64 == room;
+            let same = request.expect.is_none_or(|expect| {
+                let before = ends_with(&request.before, &message[FRAME_HEADER_BYTES..]);
+                fingerprint(expect.offset, &before) == expect
+            });
+            if !whole || !same {
+                return Ok(Read::Disagrees);
+            }
+            return Ok(Read::Framed(frame(message, request, read_at)));
+        }
+        if read == 0 {
+            return Ok(if room == 0 { Read::End } else { Read::Partial(0) });
+        }
+        let bytes = &message[FRAME_HEADER_BYTES..];
+        let length = match request.framing.whole(bytes) {
+            Whole::Bytes(length) => length,
+            // What stands before a recorded end is a record, with or without its newline.
+            Whole::Needs(_) if read as u64 == room => read,
+            Whole::Needs(needs) if read == want => return Ok(Read::Needs(needs)),
+            Whole::Needs(_) | Whole::Corrupt => return Ok(Read::Partial(read as u64)),
+        };
+        if bytes[0] == 0 && bytes[..length].iter().all(|&byte| byte == 0) {
+            return Ok(Read::Nul { to: from + length as u64 });
+        }
+        message.truncate(FRAME_HEADER_BYTES + length);
+        Ok(Read::Framed(frame(message, request, read_at)))
+    }
+}
+
+impl KeptOrigin {
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+        let Some(at) = offset.checked_sub(self.from) else { return Ok(0) };
+        let mut read = 0;
+        while read < buffer.len() {
+            match self.file.read_at(&mut buffer[read..], at + read as u64) {
+                Ok(0) => break,
+                Ok(length) => read += length,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(read)
+    }
+}
+
+fn read_spool(spool: &Spool, segment: SegmentId, request: &Request) -> io::Result<Read> {
+    let limit = request.to.map_or(request.want, |to| (to - request.from) as usize);
+    let records = match spool.read(segment, request.from, limit.max(1))? {
+        Chunk::Records(records) => records,
+        Chunk::Bad { end } => return Ok(Read::Lost { to: end }),
+        Chunk::Wait => return Ok(Read::Partial(0)),
+        Chunk::End => return Ok(Read::End),
+    };
+    let records = match request.to {
+        // A range is sent again as it was: its end is the end of a record.
+        Some(to) if request.resend => &records[..records.len().min((to - request.from) as usize)],
+        _ => &records[..],
+    };
+    if records.len() > request.want.max(FRAME_BYTES_TARGET) && !request.resend {
+        return Ok(Read::Needs(records.len()));
+    }
+    let mut message = BytesMut::with_capacity(FRAME_HEADER_BYTES + records.len());
+    message.resize(FRAME_HEADER_BYTES, 0);
+    message.extend_from_slice(records);
+    Ok(Read::Framed(frame(message, request, now_ms())))
+}
+
+/// Writes the header and notes what the next read is compared with.
+fn frame(message: BytesMut, request: &Request, read_at: u64) -> Framed {
+    let records = &message[FRAME_HEADER_BYTES..];
+    let to = request.from + records.len() as u64;
+    let before = ends_with(&request.before, records);
+    // After a newline or a NUL run a record is a new one.
+    let continues = matches!(request.framing, Framing::Lines { .. })
+        && request.before.last().is_some_and(|&byte| byte != b'\n' && byte != 0);
+    let flags = FrameFlags { zstd: false, resend: request.resend, continues };
+    let message = DataFrame::encode_in_place(message, request.handle, flags, request.from, read_at);
+    let records = message.slice(FRAME_HEADER_BYTES..);
+    let message = if request.compress {
+        let (handle, offset, records) = (request.handle, request.from, records.clone());
+        DataFrame { handle, flags, offset, read_at, records }.encode(true)
+    } else {
+        message
+    };
+    let fingerprint = fingerprint_or_short(to, &before);
+    Framed { message, records, to, fingerprint, before, continues }
+}
+
+/// The last 64 bytes of `before` followed by `records`.
+fn ends_with(before: &[u8], records: &[u8]) -> Vec<u8> {
+    if records.len() >= FINGERPRINT_BYTES {
+        return records[records.len() - FINGERPRINT_BYTES..].to_vec();
+    }
+    let mut joined = before.to_vec();
+    joined.extend_from_slice(records);
+    let excess = joined.len().saturating_sub(FINGERPRINT_BYTES);
+    joined.drain(..excess);
+    joined
+}
+
+/// In spools and kept copies fewer bytes than 64 may be known before an offset; their content is
+/// not recognised by fingerprints.
+fn fingerprint_or_short(offset: u64, before: &[u8]) -> Fingerprint {
+    if before.len() as u64 >= offset.min(FINGERPRINT_BYTES as u64) {
+        fingerprint(offset, before)
+    } else {
+        Fingerprint { offset, hash: 0 }
+    }
+}
+
+/// The machine's clock in milliseconds since 1970.
+pub fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}

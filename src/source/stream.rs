@@ -1,0 +1,315 @@
+//! A Unix stream socket, such as syslog-ng's `unix-stream()` destination writes to.
+//!
+//! A peer counts a line as delivered when its `write` returns, so what it wrote must not die with
+//! an orderly stop: the stop refuses further writes and then reads what is there. Full means not
+//! reading, which the peer's own flow control sees.
+
+use std::os::unix::net::UnixListener as StdListener;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::net::Shutdown;
+use tokio::io::AsyncReadExt;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::framer::Framer;
+use super::socket::{BindError, Intake, SocketFile, SourceError};
+use crate::record::escape_path;
+use crate::spool::{Spool, Throttle};
+
+/// Connections served at a time, each with at most one longest record in memory; more wait in the
+/// kernel's backlog.
+const CONNECTIONS_MAX: usize = 256;
+
+/// Pause after a failed accept: out of descriptors stays so for a while.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
+
+/// A bound socket, before its first connection is accepted.
+#[derive(Debug)]
+pub struct StreamSource {
+    listener: StdListener,
+    file: SocketFile,
+}
+
+impl StreamSource {
+    /// Binds `path` with the permission bits `mode`; a stale socket file there is replaced.
+    ///
+    /// # Errors
+    ///
+    /// Where somebody listens there, something else lies there, or the directory is missing.
+    pub fn bind(path: &Path, mode: u32) -> Result<StreamSource, BindError> {
+        let (listener, file) = SocketFile::bind(path, mode, |path| {
+            let listener = StdListener::bind(path)?;
+            listener.set_nonblocking(true)?;
+            Ok(listener)
+        })?;
+        tracing::info!(socket = %escape_path(path), "listening for connections");
+        Ok(StreamSource { listener, file })
+    }
+
+    /// Spools what peers write until the stop. Then the file is unlinked, what was written by then
+    /// is read, and all is synced.
+    ///
+    /// # Errors
+    ///
+    /// Where the listener cannot be polled, or the spool closes before all is synced.
+    pub async fn run(
+        self,
+        spool: Arc<Spool>,
+        shutdown: CancellationToken,
+    ) -> Result<(), SourceError> {
+        let path = escape_path(self.file.path());
+        let listener = UnixListener::from_std(self.listener)
+            .map_err(|source| SourceError::Read { from: path.clone(), source })?;
+        let server = Server {
+            path,
+            intake: Intake { spool: spool.clone(), shutdown },
+            connections: TaskTracker::new(),
+        };
+        server.accept(&listener).await;
+        self.file.unlink();
+        server.accept_backlog(listener);
+        server.connections.close();
+        server.connections.wait().await;
+        Ok(spool.flush().await?)
+    }
+}
+
+struct Server {
+    path: String,
+    intake: Intake,
+    connections: TaskTracker,
+}
+
+impl Server {
+    async fn accept(&self, listener: &UnixListener) {
+        let permits = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+        let (crowded, failed) = (Throttle::default(), Throttle::default());
+        let next = async {
+            loop {
+                if permits.available_permits() == 0
+                    && let Some(times) = crowded.count()
+                {
+                    tracing::warn!(
+                        socket = %self.path, times,
+                        "{CONNECTIONS_MAX} connections are open: further ones wait",
+                    );
+                }
+                let Ok(permit) = permits.clone().acquire_owned().await else {
+                    return;
+                };
+                match listener.accept().await {
+                    Ok((stream, _)) => self.spawn(stream, Some(permit)),
+                    Err(error) => {
+                        if let Some(times) = failed.count() {
+                            tracing::error!(
+                                socket = %self.path, %error, times,
+                                "cannot accept a connection; raise LimitNOFILE if descriptors ran out",
+                            );
+                        }
+                        tokio::time::sleep(ACCEPT_PAUSE).await;
+                    }
+                }
+            }
+        };
+        // Dropping an accept loses no connection (tokio documents it as cancel safe).
+        tokio::select! {
+            () = self.intake.shutdown.cancelled() => {}
+            () = next => {}
+        }
+    }
+
+    /// Takes the connections that nobody accepted before the stop: their peers may have written.
+    fn accept_backlog(&self, listener: UnixListener) {
+        let Ok(listener) = listener.into_std() else {
+            return;
+        };
+        while let Ok((stream, _)) = listener.accept() {
+            if stream.set_nonblocking(true).is_ok()
+                && let Ok(stream) = UnixStream::from_std(stream)
+            {
+                self.spawn(stream, None);
+            }
+        }
+    }
+
+    fn spawn(&self, stream: UnixStream, permit: Option<OwnedSemaphorePermit>) {
+        let (path, intake) = (self.path.clone(), self.intake.clone());
+        self.connections.spawn(async move {
+            serve(stream, &path, &intake).await;
+            drop(permit);
+        });
+    }
+}
+
+/// Reads one connection to its end, or to what was written before the stop.
+async fn serve(mut stream: UnixStream, path: &str, intake: &Intake) {
+    let mut framer = Framer::detecting();
+    let mut stopping = false;
+    'connection: loop {
+        if !stopping {
+            intake.room().await;
+        }
+        let read = tokio::select! {
+            biased;
+            () = intake.shutdown.cancelled(), if !stopping => {
+                stopping = true;
+                // The peer's next write fails; what it wrote before is read to its end.
+                if let Err(error) = rustix::net::shutdown(&stream, Shutdown::Read) {
+                    tracing::debug!(socket = path, %error, "the peer was gone already");
+                }
+                continue;
+            }
+            read = stream.read_buf(framer.space()) => read,
+        };
+        match read {
+            Ok(0) => break,
+            Ok(_) => {}
+            Err(error) => {
+                tracing::warn!(socket = path, %error, "a connection broke");
+                break;
+            }
+        }
+        loop {
+            match framer.next() {
+                Ok(Some(record)) => intake.append(&record).await,
+                Ok(None) => break,
+                Err(error) => {
+                    tracing::warn!(
+                        socket = path, %error,
+                        "connection closed: mend the peer's framing, or let it end lines by newline",
+                    );
+                    break 'connection;
+                }
+            }
+        }
+    }
+    intake.append(&framer.finish()).await;
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::io;
+
+    use tempfile::TempDir;
+    use tokio::io::AsyncWriteExt;
+
+    use super::*;
+    use crate::record::{Framing, RECORD_BYTES_MAX};
+    use crate::spool::{Budget, Chunk};
+
+    /// The payloads of all that a spool has synced.
+    pub(in crate::source) fn spooled(spool: &Spool) -> Vec<Vec<u8>> {
+        let mut payloads = Vec::new();
+        for segment in spool.segments() {
+            let mut at = segment.start;
+            while let Chunk::Records(bytes) = spool.read(segment.id, at, 65536).expect("read") {
+                let records = Framing::SPOOL.records(&bytes, at, false);
+                payloads.extend(records.map(|record| record.payload.to_vec()));
+                at += bytes.len() as u64;
+            }
+        }
+        payloads
+    }
+
+    struct Running {
+        _dir: TempDir,
+        path: std::path::PathBuf,
+        spool: Arc<Spool>,
+        shutdown: CancellationToken,
+        task: tokio::task::JoinHandle<Result<(), SourceError>>,
+    }
+
+    fn start(budget: u64) -> Running {
+        let dir = TempDir::new().expect("dir");
+        let path = dir.path().join("log.sock");
+        let source = StreamSource::bind(&path, 0o600).expect("bind");
+        let budget = Arc::new(Budget::new(budget));
+        let spool = Arc::new(Spool::open(&dir.path().join("spool"), budget).expect("spool"));
+        let shutdown = CancellationToken::new();
+        let task = tokio::spawn(source.run(spool.clone(), shutdown.clone()));
+        Running { _dir: dir, path, spool, shutdown, task }
+    }
+
+    impl Running {
+        async fn connect(&self) -> UnixStream {
+            UnixStream::connect(&self.path).await.expect("connect")
+        }
+
+        async fn stop(self) -> Vec<Vec<u8>> {
+            self.shutdown.cancel();
+            self.task.await.expect("task").expect("synced");
+            assert!(!self.path.exists(), "unlinked on a clean stop");
+            spooled(&self.spool)
+        }
+    }
+
+    /// Whatever was written when the stop came is spooled, accepted or not, ended or not.
+    #[tokio::test]
+    async fn what_was_written_before_the_stop_is_spooled() {
+        let running = start(1 << 30);
+        let mut one = running.connect().await;
+        one.write_all(b"a line\nno newline yet").await.expect("write");
+        let mut other = running.connect().await;
+        other.write_all(b"9 <13>count10 <13>half").await.expect("write");
+        let mut records = running.stop().await;
+        records.sort();
+        assert_eq!(records, [&b"<13>count"[..], b"<13>half", b"a line", b"no newline yet"]);
+        let error = one.write_all(b"late\n").await.expect_err("refused");
+        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+    }
+
+    #[tokio::test]
+    async fn a_lying_count_closes_that_connection_only() {
+        let running = start(1 << 30);
+        let mut liar = running.connect().await;
+        liar.write_all(b"5 <13>a123456789 <13>b").await.expect("write");
+        let mut rest = Vec::new();
+        // Its own half is open: only our close can end this read.
+        let _ = liar.read_to_end(&mut rest).await;
+        let mut honest = running.connect().await;
+        honest.write_all(b"fine\n").await.expect("write");
+        assert_eq!(running.stop().await, [&b"<13>a"[..], b"<13>b", b"fine"]);
+    }
+
+    #[tokio::test]
+    async fn an_endless_line_is_cut_and_read_in_bounded_memory() {
+        let running = start(1 << 30);
+        let mut peer = running.connect().await;
+        let piece = vec![b'x'; RECORD_BYTES_MAX];
+        for _ in 0..10 {
+            peer.write_all(&piece).await.expect("write");
+        }
+        drop(peer);
+        let records = running.stop().await;
+        assert_eq!(records.len(), 10);
+        assert!(records.iter().all(|record| record.len() == RECORD_BYTES_MAX));
+    }
+
+    #[tokio::test]
+    async fn a_full_spool_stops_reading_until_receipts_make_room() {
+        let running = start(100_000);
+        let mut peer = running.connect().await;
+        let line = [&[b'x'; 999][..], b"\n"].concat();
+        let writing = tokio::spawn(async move {
+            for _ in 0..2000 {
+                peer.write_all(&line).await.expect("write");
+            }
+        });
+        let mut watermark = running.spool.subscribe();
+        let mut released = 0;
+        while released < 2000 * (18 + 999) {
+            let mark = *watermark.wait_for(|mark| mark.offset > released).await.expect("open");
+            assert!(mark.offset - released <= 100_000, "the budget holds");
+            released = mark.offset;
+            running.spool.release(mark.segment, released).expect("release");
+        }
+        writing.await.expect("all written");
+        assert!(running.spool.waits() > 0);
+        running.stop().await;
+    }
+}

@@ -1,0 +1,51 @@
+//! How many bytes all spools together may hold without a receipt (I7).
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tokio::sync::Notify;
+
+/// Counts bytes from their append until a durable position covers them.
+///
+/// The disk holds at most one file per segment more, since only whole files are unlinked.
+#[derive(Debug)]
+pub struct Budget {
+    max: u64,
+    used: AtomicU64,
+    pub(super) freed: Notify,
+}
+
+impl Budget {
+    /// A budget of `max` bytes. One record is always admitted to an empty spool, however small
+    /// `max` is: otherwise nothing would ever move.
+    pub fn new(max: u64) -> Budget {
+        Budget { max, used: AtomicU64::new(0), freed: Notify::new() }
+    }
+
+    /// Bytes that await a receipt.
+    pub fn used(&self) -> u64 {
+        self.used.load(Ordering::Acquire)
+    }
+
+    /// Whether not one more byte is admitted.
+    pub fn is_full(&self) -> bool {
+        self.used() >= self.max
+    }
+
+    /// Takes `bytes`, or nothing and answers `false`.
+    pub(super) fn try_take(&self, bytes: u64) -> bool {
+        let take =
+            |used: u64| (used == 0 || used + bytes <= self.max).then(|| used.saturating_add(bytes));
+        self.used.fetch_update(Ordering::AcqRel, Ordering::Acquire, take).is_ok()
+    }
+
+    /// Takes `bytes` that are there already, over the limit if need be.
+    pub(super) fn take(&self, bytes: u64) {
+        self.used.fetch_add(bytes, Ordering::AcqRel);
+    }
+
+    pub(super) fn give_back(&self, bytes: u64) {
+        let before = self.used.fetch_sub(bytes, Ordering::AcqRel);
+        debug_assert!(before >= bytes, "{bytes} bytes given back, {before} taken");
+        self.freed.notify_waiters();
+    }
+}

@@ -1,0 +1,145 @@
+//! The promises of the state directory, on a real disk.
+
+use std::collections::BTreeMap;
+
+use super::*;
+use crate::record::{Day, Format, Framing, Prefix};
+
+fn entry(path: &str) -> Entry {
+    let row = Row {
+        segment: SegmentId::mint(),
+        source: "test".to_owned(),
+        path: path.to_owned(),
+        host: "host".to_owned(),
+        device: 1,
+        inode: 2,
+        start: 0,
+        end: None,
+        cuts: Vec::new(),
+        day: Day::today(),
+        type_name: Default::default(),
+        tags: Vec::new(),
+        labels: BTreeMap::new(),
+        framing: Framing::LINES,
+        format: Format::Auto,
+        timezone: "UTC".to_owned(),
+        sender: None,
+        rule: None,
+        first_bytes: Prefix::default(),
+    };
+    Entry { row, run: Uuid::now_v7(), destination: None, kept_from: None }
+}
+
+fn names(state: &State) -> Vec<String> {
+    state.entries().into_iter().map(|(entry, _)| entry.row.path).collect()
+}
+
+#[test]
+fn rows_and_positions_outlive_the_process() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (a, b) = (entry("/a"), entry("/b"));
+    {
+        let state = State::open(dir.path(), "machine").expect("state");
+        assert!(state.is_first_run("test"));
+        state.commit(&[&a, &b], &[]).expect("commit");
+        state.mark_followed("test").expect("mark");
+        let mut progress = Progress::at_start(&a.row);
+        progress.advance(Fingerprint { offset: 77, hash: 5 });
+        state.set_progress(a.row.segment, progress);
+        state.commit(&[], &[b.row.segment]).expect("drop");
+        state.save().expect("save");
+    }
+    let state = State::open(dir.path(), "machine").expect("state");
+    let entries = state.entries();
+    assert_eq!(entries.len(), 1);
+    assert_eq!(entries[0].0, a);
+    assert_eq!(entries[0].1.position, 77);
+    assert!(!state.is_first_run("test"));
+    assert!(!state.was_cloned());
+}
+
+#[test]
+fn a_second_sender_is_refused() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let _first = State::open(dir.path(), "machine").expect("state");
+    let error = State::open(dir.path(), "machine").expect_err("locked").to_string();
+    assert!(error.contains("in use by another"), "{error}");
+    assert!(error.contains(&std::process::id().to_string()), "{error}");
+}
+
+#[test]
+fn a_clone_on_another_machine_is_noticed_and_gets_a_new_instance() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let instance = State::open(dir.path(), "one").expect("state").instance();
+    assert_eq!(State::open(dir.path(), "one").expect("state").instance(), instance);
+    let clone = State::open(dir.path(), "two").expect("state");
+    assert!(clone.was_cloned());
+    assert_ne!(clone.instance(), instance);
+}
+
+/// A crash may leave any prefix of the last write. No prefix may lose an earlier row, and no later
+/// row may be lost behind a torn one.
+#[test]
+fn a_torn_journal_keeps_every_whole_line() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let first = entry("/first");
+    State::open(dir.path(), "machine").expect("state").commit(&[&first], &[]).expect("commit");
+    let before = fs::read(dir.path().join("rows")).expect("journal");
+    State::open(dir.path(), "machine")
+        .expect("state")
+        .commit(&[&entry("/second")], &[])
+        .expect("commit");
+    let after = fs::read(dir.path().join("rows")).expect("journal");
+    // Opening compacts: what the second commit added lies behind the compacted line.
+    let base = after.iter().position(|&byte| byte == b'\n').expect("a line") + 1;
+    assert!(before.len() > 10 && after.len() > base);
+    for torn in base..after.len() {
+        let copy = tempfile::tempdir().expect("a folder");
+        fs::write(copy.path().join("rows"), &after[..torn]).expect("copy");
+        let state = State::open(copy.path(), "machine").expect("state");
+        let whole = if torn + 1 == after.len() { 2 } else { 1 };
+        assert_eq!(names(&state).len(), whole, "torn at {torn}");
+        state.commit(&[&entry("/third")], &[]).expect("commit");
+        drop(state);
+        let state = State::open(copy.path(), "machine").expect("state");
+        assert!(names(&state).contains(&"/third".to_owned()), "torn at {torn}");
+    }
+}
+
+#[test]
+fn torn_positions_fall_back_to_the_ones_before() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let a = entry("/a");
+    let state = State::open(dir.path(), "machine").expect("state");
+    state.commit(&[&a], &[]).expect("commit");
+    for offset in [10, 20] {
+        let mut progress = Progress::at_start(&a.row);
+        progress.advance(Fingerprint { offset, hash: 1 });
+        state.set_progress(a.row.segment, progress);
+        state.save().expect("save");
+    }
+    drop(state);
+    let path = dir.path().join("positions");
+    let bytes = fs::read(&path).expect("positions");
+    fs::write(&path, &bytes[..bytes.len() - 3]).expect("tear");
+    let state = State::open(dir.path(), "machine").expect("state");
+    assert_eq!(state.entries()[0].1.position, 10);
+}
+
+#[test]
+fn fingerprints_stay_few_and_spread() {
+    let mut progress = Progress::at_start(&entry("/a").row);
+    for step in 1..=100_000_u64 {
+        progress.advance(Fingerprint { offset: step * 1000, hash: step });
+    }
+    let fingerprints = &progress.fingerprints;
+    assert_eq!(fingerprints.len(), FINGERPRINT_COUNT);
+    assert_eq!(fingerprints[0].offset, progress.position);
+    assert!(fingerprints.windows(2).all(|pair| pair[0].offset > pair[1].offset));
+    let near = progress.position - fingerprints[2].offset;
+    let far = progress.position - fingerprints[FINGERPRINT_COUNT - 1].offset;
+    assert!(near <= 10_000, "the newest are near: {near}");
+    assert!(far >= 50_000_000, "the oldest is far: {far}");
+}
+
+const FINGERPRINT_COUNT: usize = 16;

@@ -1,0 +1,403 @@
+//! Dialling: resolve, connect, TLS, HTTP upgrade. Every way to fail has a name and an advice.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Empty};
+use hyper::body::Incoming as Body;
+use hyper::header::{
+    AUTHORIZATION, CONNECTION, HOST, HeaderMap, HeaderName, HeaderValue, LOCATION, RETRY_AFTER,
+    SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_PROTOCOL, SEC_WEBSOCKET_VERSION,
+    UPGRADE, USER_AGENT,
+};
+use hyper::{Request, Response, StatusCode};
+use hyper_util::rt::TokioIo;
+use rustls::pki_types::ServerName;
+use rustls::{CertificateError, ClientConfig};
+use thiserror::Error;
+use tokio::net::{TcpStream, UnixStream, lookup_host};
+use tokio_rustls::TlsConnector;
+use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+
+use super::socket::Socket;
+use super::stream::Io;
+use crate::config::{Endpoint, EndpointAddress};
+
+/// Bytes of a refusal's body that are shown.
+const EXCERPT_BYTES: usize = 200;
+
+/// How long that body may take: the status alone says enough.
+const EXCERPT_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// The largest header of an answer, in bytes.
+const HEADER_BYTES_MAX: usize = 16 << 10;
+
+/// Why there is no connection.
+#[derive(Debug, Error)]
+pub enum ConnectError {
+    /// The token holds bytes that no header may have.
+    #[error("the token has characters that no HTTP header may have; its file must hold it alone")]
+    Token,
+    /// An endpoint with TLS was given no TLS configuration, or its URL is no request target.
+    #[error("{url} cannot be dialled: {reason}")]
+    Endpoint {
+        /// As configured.
+        url: String,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// The name has no address.
+    #[error("{host:?} does not resolve: {source}; check the name and the machine's DNS")]
+    Resolve {
+        /// As configured.
+        host: String,
+        /// From the resolver.
+        source: io::Error,
+    },
+    /// No address took the connection.
+    #[error("{address} does not answer: {source}; is the receiver up, and the port open?")]
+    Unreachable {
+        /// The last address tried.
+        address: String,
+        /// From the operating system.
+        source: io::Error,
+    },
+    /// It took too long.
+    #[error("{url} did not finish the handshake within {after:?}")]
+    Timeout {
+        /// As configured.
+        url: String,
+        /// The limit.
+        after: Duration,
+    },
+    /// TLS failed.
+    #[error("no TLS with {host:?}: {fault}")]
+    Tls {
+        /// The name that the certificate was checked against.
+        host: String,
+        /// Which kind of failure, and what to do.
+        fault: TlsFault,
+    },
+    /// The receiver, or a proxy before it, said no.
+    #[error("refused with HTTP status {status}{}", advice(*.status, .body))]
+    Refused {
+        /// HTTP status: 401, 403, 429 and 503 are a receiver's own.
+        status: u16,
+        /// When the server asks for the next attempt.
+        retry_after: Option<Duration>,
+        /// The start of the body, printable.
+        body: String,
+    },
+    /// The answer sends us elsewhere; a token is not carried there.
+    #[error(
+        "redirected with HTTP status {status} to {location:?}; a token is never carried elsewhere: \
+         set that address if it is right"
+    )]
+    Redirected {
+        /// HTTP status.
+        status: u16,
+        /// Where to, printable.
+        location: String,
+    },
+    /// Something answers there that is no Waybill receiver.
+    #[error("{reason} (HTTP status {status}{}); check host and path", quoted(.body))]
+    NotWaybill {
+        /// HTTP status.
+        status: u16,
+        /// What was missing.
+        reason: &'static str,
+        /// The start of the body, printable.
+        body: String,
+    },
+    /// The receiver does not speak our subprotocol.
+    #[error("the server does not speak {wanted}: it chose {chosen:?}")]
+    Subprotocol {
+        /// What was asked for.
+        wanted: String,
+        /// What the answer says.
+        chosen: Option<String>,
+    },
+    /// The connection broke within the upgrade, or the answer is not HTTP.
+    #[error("the HTTP upgrade broke off: {0}")]
+    Broken(#[source] hyper::Error),
+}
+
+/// Which way TLS failed.
+#[derive(Clone, PartialEq, Eq, Debug, Error)]
+pub enum TlsFault {
+    /// The certificate's time is over.
+    #[error("the server's certificate has expired; renew it, or check this machine's clock")]
+    Expired,
+    /// The certificate's time has not come.
+    #[error("the server's certificate is not valid yet; check this machine's clock")]
+    NotYetValid,
+    /// The certificate is for somebody else.
+    #[error("the server's certificate is for another name: {0}; use a name that it lists")]
+    WrongName(String),
+    /// No trusted authority signed it.
+    #[error("the server's certificate comes from an unknown authority; name its CA with --ca")]
+    UnknownAuthority,
+    /// The answer is not TLS.
+    #[error("the server does not speak TLS on this port; check the port, or use ws:// on loopback")]
+    NotTls,
+    /// Anything else.
+    #[error("{0}")]
+    Other(String),
+}
+
+/// Opens a WebSocket: resolves the name anew, tries each address, then upgrades with the token.
+///
+/// `tls` is needed where the endpoint says TLS. Nothing is retried: the caller decides by the
+/// error. Dropping the future drops the attempt.
+pub async fn connect(
+    endpoint: &Endpoint,
+    tls: Option<Arc<ClientConfig>>,
+    token: &str,
+    subprotocol: &'static str,
+    timeout: Duration,
+) -> Result<Socket, ConnectError> {
+    let attempt = async {
+        let io = open(endpoint, tls).await?;
+        upgrade(endpoint, io, token, subprotocol).await
+    };
+    tokio::time::timeout(timeout, attempt)
+        .await
+        .map_err(|_| ConnectError::Timeout { url: endpoint.url.clone(), after: timeout })?
+}
+
+async fn open(endpoint: &Endpoint, tls: Option<Arc<ClientConfig>>) -> Result<Io, ConnectError> {
+    let stream = match &endpoint.address {
+        EndpointAddress::Unix(path) => {
+            let stream = UnixStream::connect(path).await.map_err(|source| {
+                ConnectError::Unreachable { address: format!("unix:{}", path.display()), source }
+            })?;
+            return Ok(Io::new(stream));
+        }
+        EndpointAddress::Tcp { host, port } => tcp(host, *port).await?,
+    };
+    if !endpoint.tls {
+        return Ok(Io::new(stream));
+    }
+    let invalid = |reason| ConnectError::Endpoint { url: endpoint.url.clone(), reason };
+    let config = tls.ok_or_else(|| invalid("there is no TLS configuration"))?;
+    let host = server_name(&endpoint.host).to_owned();
+    let name = ServerName::try_from(host.clone())
+        .map_err(|_| invalid("its host is neither a DNS name nor an IP address"))?;
+    let stream = TlsConnector::from(config)
+        .connect(name, stream)
+        .await
+        .map_err(|error| ConnectError::Tls { host, fault: tls_fault(&error) })?;
+    Ok(Io::new(stream))
+}
+
+/// The `Host` header's name without its port and brackets.
+fn server_name(host: &str) -> &str {
+    if let Some(rest) = host.strip_prefix('[') {
+        return rest.split(']').next().unwrap_or(rest);
+    }
+    match host.rsplit_once(':') {
+        Some((name, _)) if !name.contains(':') => name,
+        _ => host,
+    }
+}
+
+async fn tcp(host: &str, port: u16) -> Result<TcpStream, ConnectError> {
+    let resolve = |source| ConnectError::Resolve { host: host.to_owned(), source };
+    let addresses: Vec<SocketAddr> = lookup_host((host, port)).await.map_err(resolve)?.collect();
+    let mut last = resolve(io::Error::other("the name has no address"));
+    for address in addresses {
+        match TcpStream::connect(address).await {
+            Ok(stream) => {
+                // Receipts and small frames must not wait for a full segment. Failing here only
+                // costs time.
+                let _ = stream.set_nodelay(true);
+                return Ok(stream);
+            }
+            Err(source) => {
+                last = ConnectError::Unreachable { address: address.to_string(), source };
+            }
+        }
+    }
+    Err(last)
+}
+
+fn tls_fault(error: &io::Error) -> TlsFault {
+    use rustls::Error;
+    let cause = error.get_ref().and_then(|inner| inner.downcast_ref::<Error>());
+    match cause {
+        Some(Error::InvalidCertificate(fault)) => match fault {
+            CertificateError::Expired | CertificateError::ExpiredContext { .. } => {
+                TlsFault::Expired
+            }
+            CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
+                TlsFault::NotYetValid
+            }
+            CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
+                TlsFault::WrongName(fault.to_string())
+            }
+            // A bad signature is an authority made anew under its old name.
+            CertificateError::UnknownIssuer | CertificateError::BadSignature => {
+                TlsFault::UnknownAuthority
+            }
+            other => TlsFault::Other(other.to_string()),
+        },
+        Some(Error::InvalidMessage(_)) => TlsFault::NotTls,
+        Some(other) => TlsFault::Other(other.to_string()),
+        None => TlsFault::Other(error.to_string()),
+    }
+}
+
+async fn upgrade(
+    endpoint: &Endpoint,
+    io: Io,
+    token: &str,
+    subprotocol: &'static str,
+) -> Result<Socket, ConnectError> {
+    let mut nonce = [0; 16];
+    getrandom::fill(&mut nonce)
+        .map_err(|_| endpoint_error(endpoint, "the system has no random bytes"))?;
+    let key = STANDARD.encode(nonce);
+    let request = request(endpoint, token, subprotocol, &key)?;
+
+    let (mut client, connection) = hyper::client::conn::http1::Builder::new()
+        .max_buf_size(HEADER_BYTES_MAX)
+        .handshake(TokioIo::new(io))
+        .await
+        .map_err(ConnectError::Broken)?;
+    let connection = connection.with_upgrades();
+    let exchange = async {
+        let response = client.send_request(request).await.map_err(ConnectError::Broken)?;
+        accept(response, subprotocol, &key).await
+    };
+    let mut exchange = std::pin::pin!(exchange);
+    // Both run here, so that a dropped attempt leaves no task behind.
+    let upgraded = tokio::select! {
+        biased;
+        upgraded = &mut exchange => upgraded,
+        _ = connection => exchange.await,
+    };
+    let parts = upgraded?
+        .downcast::<TokioIo<Io>>()
+        .map_err(|_| endpoint_error(endpoint, "the upgrade gave another stream back"))?;
+    Ok(Socket::client(parts.io.into_inner(), parts.read_buf).await)
+}
+
+fn endpoint_error(endpoint: &Endpoint, reason: &'static str) -> ConnectError {
+    ConnectError::Endpoint { url: endpoint.url.clone(), reason }
+}
+
+fn request(
+    endpoint: &Endpoint,
+    token: &str,
+    subprotocol: &'static str,
+    key: &str,
+) -> Result<Request<Empty<Bytes>>, ConnectError> {
+    let mut authorization =
+        HeaderValue::from_str(&format!("Bearer {token}")).map_err(|_| ConnectError::Token)?;
+    authorization.set_sensitive(true);
+    Request::get(&endpoint.path)
+        .header(HOST, &endpoint.host)
+        .header(CONNECTION, "Upgrade")
+        .header(UPGRADE, "websocket")
+        .header(SEC_WEBSOCKET_VERSION, "13")
+        .header(SEC_WEBSOCKET_KEY, key)
+        .header(SEC_WEBSOCKET_PROTOCOL, subprotocol)
+        .header(AUTHORIZATION, authorization)
+        .header(USER_AGENT, concat!("waybill/", env!("CARGO_PKG_VERSION")))
+        .body(Empty::new())
+        .map_err(|_| endpoint_error(endpoint, "its host or path is no HTTP request"))
+}
+
+/// Checks the answer to the upgrade (RFC 6455 §4.1).
+async fn accept(
+    response: Response<Body>,
+    subprotocol: &'static str,
+    key: &str,
+) -> Result<hyper::upgrade::Upgraded, ConnectError> {
+    let status = response.status();
+    if status != StatusCode::SWITCHING_PROTOCOLS {
+        return Err(refusal(response).await);
+    }
+    let headers = response.headers();
+    let expected = derive_accept_key(key.as_bytes());
+    if text(headers, &SEC_WEBSOCKET_ACCEPT).as_deref() != Some(expected.as_str()) {
+        let reason = "the server switched protocols without accepting our WebSocket key";
+        return Err(ConnectError::NotWaybill { status: 101, reason, body: String::new() });
+    }
+    let chosen = text(headers, &SEC_WEBSOCKET_PROTOCOL);
+    if chosen.as_deref() != Some(subprotocol) {
+        return Err(ConnectError::Subprotocol { wanted: subprotocol.to_owned(), chosen });
+    }
+    hyper::upgrade::on(response).await.map_err(ConnectError::Broken)
+}
+
+async fn refusal(response: Response<Body>) -> ConnectError {
+    let status = response.status();
+    let retry_after = text(response.headers(), &RETRY_AFTER)
+        .and_then(|seconds| seconds.parse().ok())
+        .map(Duration::from_secs);
+    let location = text(response.headers(), &LOCATION);
+    let body = excerpt(response.into_body()).await;
+    let code = status.as_u16();
+    match location {
+        Some(location) if status.is_redirection() => {
+            ConnectError::Redirected { status: code, location: printable(location.as_bytes()) }
+        }
+        _ if status.is_success() => {
+            let reason = "the server answered a page instead of a WebSocket";
+            ConnectError::NotWaybill { status: code, reason, body }
+        }
+        _ if matches!(code, 404 | 405 | 426) => {
+            let reason = "there is no Waybill receiver at this path";
+            ConnectError::NotWaybill { status: code, reason, body }
+        }
+        _ => ConnectError::Refused { status: code, retry_after, body },
+    }
+}
+
+fn text(headers: &HeaderMap, name: &HeaderName) -> Option<String> {
+    headers.get(name).map(|value| String::from_utf8_lossy(value.as_bytes()).trim().to_owned())
+}
+
+/// The start of a body; what cannot be read of it does not matter.
+async fn excerpt(mut body: Body) -> String {
+    let mut bytes = Vec::new();
+    let read = async {
+        while bytes.len() < EXCERPT_BYTES {
+            let Some(Ok(frame)) = body.frame().await else { break };
+            bytes.extend_from_slice(frame.data_ref().map_or(b"", |data| data));
+        }
+    };
+    let _ = tokio::time::timeout(EXCERPT_TIMEOUT, read).await;
+    bytes.truncate(EXCERPT_BYTES);
+    printable(&bytes)
+}
+
+/// Outside bytes as one line of text (I8).
+fn printable(bytes: &[u8]) -> String {
+    let text = String::from_utf8_lossy(bytes);
+    let words: Vec<&str> = text.split_whitespace().collect();
+    words.join(" ").chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+}
+
+fn quoted(body: &str) -> String {
+    if body.is_empty() { String::new() } else { format!(", {body:?}") }
+}
+
+fn advice(status: u16, body: &str) -> String {
+    let advice = match status {
+        401 => "the token is unknown, expired or revoked: ask for one with `waybill token`",
+        403 => "a proxy or the receiver forbids this request",
+        429 => "this token has too many connections open",
+        503 => "the receiver is starting or stopping",
+        502 | 504 => "the proxy does not reach the receiver",
+        _ => "",
+    };
+    let separator = if advice.is_empty() { "" } else { "; " };
+    format!("{}{separator}{advice}", quoted(body))
+}

@@ -1,0 +1,487 @@
+//! Listening: bind, accept, TLS, HTTP upgrade. What happens before a peer is known is bounded in
+//! time, in bytes and in number (I7).
+
+use std::convert::Infallible;
+use std::fmt;
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::body::Incoming as Body;
+use hyper::header::{
+    CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY,
+    SEC_WEBSOCKET_PROTOCOL, SEC_WEBSOCKET_VERSION, UPGRADE,
+};
+use hyper::upgrade::{OnUpgrade, Upgraded};
+use hyper::{Method, Response, StatusCode};
+use hyper_util::rt::TokioIo;
+use rustls::ServerConfig;
+use thiserror::Error;
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Timeout;
+use tokio_rustls::TlsAcceptor;
+use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{debug, warn};
+
+use super::socket::Socket;
+use super::stream::{Io, Stream};
+use crate::config::Listen;
+
+/// How long a peer has from its first byte to its upgrade.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How many peers may be within their handshake; further ones wait in the kernel's queue.
+const HANDSHAKES_MAX: usize = 128;
+
+/// The largest header of a request, in bytes.
+const HEADER_BYTES_MAX: usize = 16 << 10;
+
+/// Pause after an accept that failed, which is as a rule for want of file descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
+
+/// Who may connect to a Unix socket: its owner and group.
+const SOCKET_MODE: u32 = 0o660;
+
+/// Who is at the other end.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Peer {
+    /// By its address.
+    Tcp(SocketAddr),
+    /// A process on this machine.
+    Unix,
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Peer::Tcp(address) => address.fmt(f),
+            Peer::Unix => f.write_str("unix"),
+        }
+    }
+}
+
+/// A request whose header is complete. All its parts but `peer` are outside bytes.
+#[derive(Debug)]
+pub struct Request {
+    head: hyper::http::request::Parts,
+    peer: Peer,
+}
+
+impl Request {
+    /// Who sent it.
+    pub fn peer(&self) -> Peer {
+        self.peer
+    }
+
+    /// Its path, without a query.
+    pub fn path(&self) -> &str {
+        self.head.uri.path()
+    }
+
+    /// Whether it is a `GET` or `HEAD`.
+    pub fn is_get(&self) -> bool {
+        matches!(self.head.method, Method::GET | Method::HEAD)
+    }
+
+    /// Whether it asks for a WebSocket (RFC 6455 §4.2.1, points 1 to 4).
+    pub fn is_upgrade(&self) -> bool {
+        self.head.method == Method::GET
+            && self.names("upgrade").any(|name| name.eq_ignore_ascii_case("websocket"))
+            && self.names("connection").any(|name| name.eq_ignore_ascii_case("upgrade"))
+    }
+
+    /// The value of a header; `None` where it is missing, repeated or not visible ASCII.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        let mut values = self.head.headers.get_all(name).iter();
+        let value = values.next()?.to_str().ok()?;
+        values.next().is_none().then_some(value)
+    }
+
+    /// Whether the header is there at all.
+    pub fn has_header(&self, name: &str) -> bool {
+        self.head.headers.contains_key(name)
+    }
+
+    /// Whether the peer offers this subprotocol (RFC 6455 §4.1, point 10).
+    pub fn offers(&self, subprotocol: &str) -> bool {
+        self.names("sec-websocket-protocol").any(|name| name == subprotocol)
+    }
+
+    fn names<'a>(&'a self, header: &'a str) -> impl Iterator<Item = &'a str> {
+        let values = self.head.headers.get_all(header).iter();
+        values.filter_map(|value| value.to_str().ok()).flat_map(|v| v.split(',')).map(str::trim)
+    }
+}
+
+/// What becomes of a request.
+#[derive(Debug)]
+pub enum Answer<S> {
+    /// Upgrade it: the peer is authenticated, and `session` knows as whom.
+    Accept {
+        /// One that the peer offers.
+        subprotocol: &'static str,
+        /// Handed to [`Handler::serve`] with the socket.
+        session: S,
+    },
+    /// Answer it and close.
+    Refuse(Refuse),
+}
+
+/// A plain HTTP answer.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Refuse {
+    /// HTTP status.
+    pub status: u16,
+    /// One line of text for a person.
+    pub body: String,
+    /// When the peer may try again.
+    pub retry_after: Option<Duration>,
+}
+
+impl Refuse {
+    /// Without `Retry-After`.
+    pub fn new(status: u16, body: impl Into<String>) -> Refuse {
+        Refuse { status, body: body.into(), retry_after: None }
+    }
+}
+
+/// Decides about requests and serves the sockets that come of them.
+pub trait Handler: Send + Sync + 'static {
+    /// What is known of an accepted peer.
+    type Session: Send + 'static;
+
+    /// Decides. Called for every request, upgrade or not; must not block.
+    fn answer(&self, request: &Request) -> Answer<Self::Session>;
+
+    /// Serves an accepted peer until it is gone, in a task of its own.
+    fn serve(
+        self: Arc<Self>,
+        session: Self::Session,
+        socket: Socket,
+    ) -> impl Future<Output = ()> + Send;
+}
+
+/// Why a listener cannot be bound.
+#[derive(Debug, Error)]
+pub enum BindError {
+    /// Somebody listens there.
+    #[error("{address} is in use by another process: stop it, or choose another address")]
+    InUse {
+        /// As configured.
+        address: String,
+    },
+    /// A port below 1024, or a folder, that this user may not use.
+    #[error("{address} may not be bound by this user: choose a port above 1023 or another folder")]
+    Denied {
+        /// As configured.
+        address: String,
+    },
+    /// The path holds something that is not a socket.
+    #[error("{0} exists and is no socket: move it away, or choose another path")]
+    NotASocket(PathBuf),
+    /// Anything else.
+    #[error("{address} cannot be bound: {source}")]
+    Other {
+        /// As configured.
+        address: String,
+        /// From the operating system.
+        source: io::Error,
+    },
+}
+
+impl BindError {
+    fn new(address: String, source: io::Error) -> BindError {
+        match source.kind() {
+            io::ErrorKind::AddrInUse => BindError::InUse { address },
+            io::ErrorKind::PermissionDenied => BindError::Denied { address },
+            _ => BindError::Other { address, source },
+        }
+    }
+}
+
+/// A bound address.
+#[derive(Debug)]
+pub struct Listener {
+    socket: Bound,
+    tls: Option<Arc<ServerConfig>>,
+    /// [`HANDSHAKE_TIMEOUT`], but in tests.
+    pub(super) handshake_timeout: Duration,
+}
+
+#[derive(Debug)]
+enum Bound {
+    Tcp(TcpListener),
+    Unix {
+        listener: UnixListener,
+        /// Held for its `Drop`.
+        _file: SocketFile,
+    },
+}
+
+/// The file of a Unix socket; removed with the listener if it is still its own.
+#[derive(Debug)]
+struct SocketFile {
+    path: PathBuf,
+    inode: u64,
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if std::fs::symlink_metadata(&self.path).is_ok_and(|file| file.ino() == self.inode) {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+impl Listener {
+    /// Binds. A Unix socket left behind by a process that is gone is replaced.
+    pub fn bind(listen: &Listen, tls: Option<Arc<ServerConfig>>) -> Result<Listener, BindError> {
+        let socket = match listen {
+            Listen::Tcp(address) => {
+                bind_tcp(*address).map_err(|error| BindError::new(address.to_string(), error))?
+            }
+            Listen::Unix(path) => bind_unix(path)?,
+        };
+        Ok(Listener { socket, tls, handshake_timeout: HANDSHAKE_TIMEOUT })
+    }
+
+    /// The address as bound, with the real port where 0 was asked for; `None` for a Unix socket.
+    pub fn local_addr(&self) -> Option<SocketAddr> {
+        match &self.socket {
+            Bound::Tcp(listener) => listener.local_addr().ok(),
+            Bound::Unix { .. } => None,
+        }
+    }
+
+    /// Accepts until `stop`; every accepted peer is served in a task of `tracker`. Sockets that
+    /// are being served are not touched by `stop`.
+    pub async fn run<H: Handler>(
+        self,
+        handler: Arc<H>,
+        tracker: TaskTracker,
+        stop: CancellationToken,
+    ) {
+        let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+        loop {
+            let permit = tokio::select! {
+                () = stop.cancelled() => return,
+                permit = Arc::clone(&handshakes).acquire_owned() => permit,
+            };
+            let permit = permit.expect("the semaphore is never closed");
+            let accepted = tokio::select! {
+                () = stop.cancelled() => return,
+                accepted = self.accept() => accepted,
+            };
+            match accepted {
+                Ok((stream, peer)) => {
+                    let tls = self.tls.clone();
+                    let handshake = handshake(stream, peer, tls, Arc::clone(&handler));
+                    let within = tokio::time::timeout(self.handshake_timeout, handshake);
+                    tracker.spawn(welcome(within, peer, Arc::clone(&handler), permit));
+                }
+                Err(error) => {
+                    warn!(%error, "accept failed; trying again");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    async fn accept(&self) -> io::Result<(Accepted, Peer)> {
+        match &self.socket {
+            Bound::Tcp(listener) => {
+                let (stream, address) = listener.accept().await?;
+                // Failing here only costs time.
+                let _ = stream.set_nodelay(true);
+                Ok((Accepted::Tcp(stream), Peer::Tcp(address)))
+            }
+            Bound::Unix { listener, .. } => {
+                let (stream, _) = listener.accept().await?;
+                Ok((Accepted::Unix(stream), Peer::Unix))
+            }
+        }
+    }
+}
+
+enum Accepted {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+/// `SO_REUSEADDR`, so that a restart need not wait for old connections' TIME_WAIT.
+fn bind_tcp(address: SocketAddr) -> io::Result<Bound> {
+    let socket = socket2::Socket::new(
+        socket2::Domain::for_address(address),
+        socket2::Type::STREAM,
+        Some(socket2::Protocol::TCP),
+    )?;
+    socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(1024)?;
+    TcpListener::from_std(socket.into()).map(Bound::Tcp)
+}
+
+fn bind_unix(path: &Path) -> Result<Bound, BindError> {
+    let fault = |source| BindError::new(format!("unix:{}", path.display()), source);
+    remove_stale(path).map_err(fault).and_then(|is_socket| {
+        is_socket.then_some(()).ok_or_else(|| BindError::NotASocket(path.to_owned()))
+    })?;
+    let listener = UnixListener::bind(path).map_err(fault)?;
+    let inode = std::fs::symlink_metadata(path).map_err(fault)?.ino();
+    let file = SocketFile { path: path.to_owned(), inode };
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(SOCKET_MODE)).map_err(fault)?;
+    Ok(Bound::Unix { listener, _file: file })
+}
+
+/// Removes a socket file behind which nobody answers; false where the path is something else.
+fn remove_stale(path: &Path) -> io::Result<bool> {
+    match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
+        Err(error) => return Err(error),
+        Ok(file) if !file.file_type().is_socket() => return Ok(false),
+        Ok(_) => {}
+    }
+    match std::os::unix::net::UnixStream::connect(path) {
+        Ok(_) => Err(io::ErrorKind::AddrInUse.into()),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            std::fs::remove_file(path).map(|()| true)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// One peer: its handshake within the limit, then its session.
+async fn welcome<H: Handler>(
+    handshake: Timeout<impl Future<Output = Result<Option<(H::Session, Socket)>, String>>>,
+    peer: Peer,
+    handler: Arc<H>,
+    permit: OwnedSemaphorePermit,
+) {
+    let outcome = handshake.await;
+    drop(permit);
+    match outcome {
+        Ok(Ok(Some((session, socket)))) => handler.serve(session, socket).await,
+        Ok(Ok(None)) => {}
+        // Port scanners do this all day: no reason to warn.
+        Ok(Err(reason)) => debug!(%peer, reason, "handshake failed"),
+        Err(_) => debug!(%peer, "handshake timed out"),
+    }
+}
+
+/// From the first byte to the upgrade or the refusal.
+async fn handshake<H: Handler>(
+    stream: Accepted,
+    peer: Peer,
+    tls: Option<Arc<ServerConfig>>,
+    handler: Arc<H>,
+) -> Result<Option<(H::Session, Socket)>, String> {
+    let io = match stream {
+        Accepted::Tcp(stream) => secure(stream, tls).await?,
+        Accepted::Unix(stream) => secure(stream, tls).await?,
+    };
+    exchange(io, peer, &*handler).await
+}
+
+async fn secure(
+    stream: impl Stream + 'static,
+    tls: Option<Arc<ServerConfig>>,
+) -> Result<Io, String> {
+    match tls {
+        None => Ok(Io::new(stream)),
+        Some(config) => {
+            let stream = TlsAcceptor::from(config).accept(stream).await;
+            stream.map(Io::new).map_err(|error| format!("TLS: {error}"))
+        }
+    }
+}
+
+/// Reads one request and answers it; gives the socket where it was upgraded.
+async fn exchange<H: Handler>(
+    io: Io,
+    peer: Peer,
+    handler: &H,
+) -> Result<Option<(H::Session, Socket)>, String> {
+    let upgrade: Mutex<Option<(H::Session, OnUpgrade)>> = Mutex::new(None);
+    let service = hyper::service::service_fn(|request: hyper::Request<Body>| {
+        let response = respond(request, peer, handler, &upgrade);
+        async { Ok::<_, Infallible>(response) }
+    });
+    let connection = hyper::server::conn::http1::Builder::new()
+        .max_buf_size(HEADER_BYTES_MAX)
+        .serve_connection(TokioIo::new(io), service)
+        .with_upgrades();
+    connection.await.map_err(|error| format!("HTTP: {error}"))?;
+    let accepted = upgrade.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let Some((session, upgraded)) = accepted else { return Ok(None) };
+    let upgraded: Upgraded = upgraded.await.map_err(|error| format!("upgrade: {error}"))?;
+    let parts = upgraded.downcast::<TokioIo<Io>>().map_err(|_| "upgrade: another stream")?;
+    Ok(Some((session, Socket::server(parts.io.into_inner(), parts.read_buf).await)))
+}
+
+fn respond<H: Handler>(
+    mut request: hyper::Request<Body>,
+    peer: Peer,
+    handler: &H,
+    upgrade: &Mutex<Option<(H::Session, OnUpgrade)>>,
+) -> Response<Full<Bytes>> {
+    let on_upgrade = hyper::upgrade::on(&mut request);
+    let (head, _) = request.into_parts();
+    let request = Request { head, peer };
+    let (subprotocol, session) = match handler.answer(&request) {
+        Answer::Refuse(refuse) => return refused(&refuse),
+        Answer::Accept { .. } if !request.is_upgrade() => {
+            return refused(&Refuse::new(426, "this address speaks WebSocket only\n"));
+        }
+        Answer::Accept { subprotocol, session } => (subprotocol, session),
+    };
+    if request.header("sec-websocket-version") != Some("13") {
+        return refused(&Refuse::new(426, "WebSocket version 13 is spoken here (RFC 6455)\n"));
+    }
+    let Some(key) = request.header(SEC_WEBSOCKET_KEY.as_str()) else {
+        return refused(&Refuse::new(400, "the WebSocket key is missing (RFC 6455 section 4.1)\n"));
+    };
+    let accept = derive_accept_key(key.as_bytes());
+    *upgrade.lock().unwrap_or_else(PoisonError::into_inner) = Some((session, on_upgrade));
+    let mut response = Response::new(Full::default());
+    *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+    let headers = response.headers_mut();
+    headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
+    headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
+    headers.insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(subprotocol));
+    if let Ok(accept) = HeaderValue::from_str(&accept) {
+        headers.insert(SEC_WEBSOCKET_ACCEPT, accept);
+    }
+    response
+}
+
+fn refused(refuse: &Refuse) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::from(refuse.body.clone()));
+    *response.status_mut() =
+        StatusCode::from_u16(refuse.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    headers.insert(CONNECTION, HeaderValue::from_static("close"));
+    if refuse.status == 426 {
+        // RFC 9110 §15.5.22 and RFC 6455 §4.4.
+        headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
+        headers.insert(CONNECTION, HeaderValue::from_static("Upgrade, close"));
+        headers.insert(SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
+    }
+    if refuse.status == 401 {
+        headers.insert("www-authenticate", HeaderValue::from_static("Bearer"));
+    }
+    if let Some(after) = refuse.retry_after {
+        headers.insert(RETRY_AFTER, HeaderValue::from(after.as_secs()));
+    }
+    response
+}

@@ -1,0 +1,4 @@
+//! What the tests share. Not every helper is used by every set of tests.
+
+#[allow(dead_code)]
+pub mod servers;
