@@ -10,24 +10,32 @@ use jiff::Timestamp;
 use serde_json::Value;
 
 use crate::config::ElasticsearchConfig;
+use crate::destination::elasticsearch::Client;
+use crate::exit::Exit;
 use crate::search::elasticsearch::{from_elasticsearch, to_elasticsearch};
-use crate::search::{Answer, Query, SearchArgs, SearchTarget, embedded, render};
+use crate::search::{Answer, Query, QueryError, SearchArgs, SearchTarget, embedded, render};
+use crate::telemetry;
 
-/// What a search came to, for the exit code: as with grep, nothing found is not a success.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Outcome {
-    /// At least one line was found: 0.
-    Found,
-    /// None was: 1.
-    NothingFound,
+/// Searches and prints. As with grep, nothing found is [`Exit::Failed`], so that a script can tell;
+/// a query that cannot be read is [`Exit::Usage`].
+pub async fn run(args: SearchArgs) -> anyhow::Result<Exit> {
+    let ask = async |config: &ElasticsearchConfig, index: &str, body: Value| {
+        Ok(Client::new(config)?.search(index, body).await?)
+    };
+    match run_with(args, ask).await {
+        Err(error) if error.is::<QueryError>() => {
+            telemetry::report(&error.to_string());
+            Ok(Exit::Usage)
+        }
+        result => result,
+    }
 }
 
-/// Searches and prints. `ask` sends a body to `_search` of the indices that it is given and returns
-/// the response. A [`crate::search::QueryError`] is a usage error; everything else is a failure.
-pub async fn run(
+/// `ask` sends a body to `_search` of the indices that it is given and returns the response.
+async fn run_with(
     args: SearchArgs,
     ask: impl AsyncFnOnce(&ElasticsearchConfig, &str, Value) -> anyhow::Result<Value>,
-) -> anyhow::Result<Outcome> {
+) -> anyhow::Result<Exit> {
     let query = Query::new(&args, Timestamp::now())?;
     let answer = match args.target {
         SearchTarget::Store(path) => {
@@ -40,13 +48,8 @@ pub async fn run(
             from_elasticsearch(&ask(&config, &index, body).await?)?
         }
     };
-    match print(&answer, args.json) {
-        // Whoever reads has seen enough (`| head`).
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
-        printed => printed.context("cannot write the lines found")?,
-    }
-    let found = !answer.hits.is_empty();
-    Ok(if found { Outcome::Found } else { Outcome::NothingFound })
+    print(&answer, args.json).context("cannot write the lines found")?;
+    Ok(if answer.hits.is_empty() { Exit::Failed } else { Exit::Done })
 }
 
 fn print(answer: &Answer, json: bool) -> io::Result<()> {
@@ -70,7 +73,6 @@ mod tests {
 
     use crate::config::ElasticsearchAuth;
     use crate::destination::embedded::StoreError;
-    use crate::search::QueryError;
 
     use super::*;
 
@@ -100,19 +102,21 @@ mod tests {
             dead_letter_index: "waybill-dead".to_owned(),
         };
         let target = SearchTarget::Elasticsearch { config, index: "waybill-*".to_owned() };
-        let outcome = run(args("word", target), async |_, index: &str, body: Value| {
+        let outcome = run_with(args("word", target), async |_, index: &str, body: Value| {
             assert_eq!((index, &body["size"]), ("waybill-*", &json!(3)));
             Ok(json!({ "hits": { "total": { "value": 0, "relation": "eq" }, "hits": [] } }))
         });
-        assert_eq!(outcome.await.expect("a search"), Outcome::NothingFound);
+        assert_eq!(outcome.await.expect("a search"), Exit::Failed);
     }
 
     #[tokio::test]
     async fn errors_keep_their_kind_for_the_exit_code() {
         let missing = || SearchTarget::Store(PathBuf::from("/nonexistent/store"));
-        let error = run(args("\"open", missing()), unasked).await.expect_err("bad syntax");
+        let error = run_with(args("\"open", missing()), unasked).await.expect_err("bad syntax");
         assert!(error.is::<QueryError>(), "{error}");
-        let error = run(args("word", missing()), unasked).await.expect_err("no store");
+        let error = run_with(args("word", missing()), unasked).await.expect_err("no store");
         assert!(matches!(error.downcast_ref(), Some(StoreError::Missing(_))), "{error}");
+        let exit = run(args("\"open", missing())).await.expect("told already");
+        assert_eq!(exit, Exit::Usage);
     }
 }

@@ -173,7 +173,10 @@ impl Store {
                 Ok(Step::Done) => return Tended::Done,
                 Ok(Step::Deleted(some)) => deleted += some as u64,
                 Err(error) => {
-                    tracing::warn!(store = %self.path.display(), %error, "old lines were not deleted");
+                    // A store that cannot write has said so already.
+                    if !self.failing {
+                        tracing::warn!(store = %self.path.display(), %error, "old lines were not deleted");
+                    }
                     return Tended::Done;
                 }
             }

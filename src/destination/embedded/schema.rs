@@ -83,7 +83,10 @@ const SCHEMA: &str = "
 #[derive(Debug, Error)]
 pub enum StoreError {
     /// Its folder or file cannot be made.
-    #[error("cannot make the store {}: {source}; check that its folder exists and is writable", path.display())]
+    #[error(
+        "cannot make the store {}: {source}; check that its folder exists and is writable",
+        path.display()
+    )]
     Create {
         /// The store's file.
         path: PathBuf,
@@ -97,7 +100,11 @@ pub enum StoreError {
     #[error("{} is not a Waybill store; nothing was written to it, choose another file", .0.display())]
     NotAStore(PathBuf),
     /// A newer Waybill made it.
-    #[error("the store {} has format {found}, this version knows up to {SCHEMA_VERSION}; use a newer waybill", path.display())]
+    #[error(
+        "the store {} has format {found}, this version knows up to {SCHEMA_VERSION}; \
+         use a newer waybill",
+        path.display()
+    )]
     Newer {
         /// The store's file.
         path: PathBuf,
@@ -106,8 +113,10 @@ pub enum StoreError {
     },
     /// Its pages contradict each other.
     #[error(
-        "the store {} is damaged ({source}); stop waybill, move the file and its -wal and -shm away, and start \
-         again with a new one; what can be saved comes out with `sqlite3 FILE .recover`", path.display()
+        "the store {} is damaged ({source}); stop waybill, move the file and its -wal and -shm \
+         away, and start again with a new one; what can be saved comes out with \
+         `sqlite3 FILE .recover`",
+        path.display()
     )]
     Damaged {
         /// The store's file.
@@ -116,7 +125,10 @@ pub enum StoreError {
         source: rusqlite::Error,
     },
     /// Anything else that SQLite reports: permissions, locks, input and output.
-    #[error("the store {} cannot be used: {source}; check its disk, permissions and other users", path.display())]
+    #[error(
+        "the store {} cannot be used: {source}; check its disk, permissions and other users",
+        path.display()
+    )]
     Sqlite {
         /// The store's file.
         path: PathBuf,
