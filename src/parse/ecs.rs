@@ -362,8 +362,9 @@ impl<'a> Fields<'a> {
         let Some((target, version)) = rest.rsplit_once(" HTTP/") else {
             return false;
         };
+        let free = self.held[Field::UrlOriginal as usize] == Held::Absent;
         let is_method = !method.is_empty() && method.bytes().all(|byte| byte.is_ascii_uppercase());
-        if !is_method || target.is_empty() {
+        if !free || !is_method || target.is_empty() {
             return false;
         }
         let start = method.len() + 1;

@@ -3,7 +3,9 @@
 //!
 //! A header is read whole or not at all: what does not fit is `None`, and the line is raw.
 
-use super::escape::{write_integer, write_string};
+use std::sync::LazyLock;
+
+use super::escape::write_string;
 use super::timestamp::{Millis, Zone, iso, rfc3164};
 
 /// Bytes of a host name or tag in a header that we take for one.
@@ -240,30 +242,19 @@ impl Header<'_> {
     pub fn write(&self, out: &mut Vec<u8>) {
         let start = out.len();
         out.extend_from_slice(b",\"syslog\":{");
-        if let Some(priority) = self.priority {
-            let (facility, severity) = (priority / 8, priority % 8);
-            let mut coded = |before: &str, code: u8, name: &str| {
-                out.extend_from_slice(before.as_bytes());
-                out.extend_from_slice(b":{\"code\":");
-                write_integer(code, out);
-                out.extend_from_slice(b",\"name\":\"");
-                out.extend_from_slice(name.as_bytes());
-                out.extend_from_slice(b"\"}");
-            };
-            coded("\"facility\"", facility, FACILITIES[usize::from(facility % 24)]);
-            coded(",\"severity\"", severity, SEVERITIES[usize::from(severity)]);
-            out.extend_from_slice(b",\"priority\":");
-            write_integer(priority, out);
+        if let Some(text) = self.priority.and_then(|code| PRIORITIES.get(usize::from(code))) {
+            out.extend_from_slice(text.as_bytes());
         }
         for (name, value) in [
-            ("version", self.version),
-            ("hostname", self.hostname),
-            ("appname", self.appname),
-            ("procid", self.procid),
-            ("msgid", self.msgid),
+            (",\"version\":", self.version),
+            (",\"hostname\":", self.hostname),
+            (",\"appname\":", self.appname),
+            (",\"procid\":", self.procid),
+            (",\"msgid\":", self.msgid),
         ] {
             if let Some(value) = value {
-                key(name, out);
+                let comma = usize::from(out.last() == Some(&b'{'));
+                out.extend_from_slice(&name.as_bytes()[comma..]);
                 write_string(value, out);
             }
         }
@@ -338,6 +329,18 @@ fn sd_value(raw: &str) -> String {
     }
     value
 }
+
+/// What each `<PRI>` becomes.
+static PRIORITIES: LazyLock<Vec<String>> = LazyLock::new(|| {
+    let text = |priority: usize| {
+        let (facility, severity) = (priority / 8, priority % 8);
+        format!(
+            r#""facility":{{"code":{facility},"name":"{}"}},"severity":{{"code":{severity},"name":"{}"}},"priority":{priority}"#,
+            FACILITIES[facility], SEVERITIES[severity],
+        )
+    };
+    (0..8 * FACILITIES.len()).map(text).collect()
+});
 
 /// RFC 5424 §6.2.1, by the names of syslog.h.
 const FACILITIES: [&str; 24] = [

@@ -13,6 +13,8 @@ pub type Millis = i64;
 pub const TEXT_LEN: usize = 24;
 
 const DAY_MS: i64 = 86_400_000;
+/// The Gregorian calendar repeats every 400 years.
+const DAYS_OF_ERA: i64 = 146_097;
 const YEAR_0: Millis = -62_167_219_200_000;
 const YEAR_9999_END: Millis = 253_402_300_799_999;
 
@@ -23,30 +25,30 @@ pub fn days_from_civil(year: i64, month: i64, day: i64) -> i64 {
     let year_of_era = year.rem_euclid(400);
     let day_of_year = (153 * (if month > 2 { month - 3 } else { month + 9 }) + 2) / 5 + day - 1;
     let day_of_era = year_of_era * 365 + year_of_era / 4 - year_of_era / 100 + day_of_year;
-    era * 146_097 + day_of_era - 719_468
+    era * DAYS_OF_ERA + day_of_era - 719_468
 }
 
 /// RFC 3339 in UTC with milliseconds; a time outside the years 0 to 9999 is clamped.
 pub fn format(time: Millis) -> [u8; TEXT_LEN] {
     let time = time.clamp(YEAR_0, YEAR_9999_END);
-    let (days, of_day) = (time.div_euclid(DAY_MS), time.rem_euclid(DAY_MS));
-    // The inverse of `days_from_civil`, from the same source.
-    let shifted = days + 719_468;
-    let (era, day_of_era) = (shifted.div_euclid(146_097), shifted.rem_euclid(146_097));
+    // The inverse of `days_from_civil`, from the same source; 400 years later, so that nothing is
+    // negative and 32 bits do.
+    let shifted = (time + (719_468 + DAYS_OF_ERA) * DAY_MS) as u64;
+    let (days, of_day) = ((shifted / DAY_MS as u64) as u32, (shifted % DAY_MS as u64) as u32);
+    let (era, day_of_era) = (days / DAYS_OF_ERA as u32, days % DAYS_OF_ERA as u32);
     let year_of_era =
         (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
     let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     let march_month = (5 * day_of_year + 2) / 153;
     let day = day_of_year - (153 * march_month + 2) / 5 + 1;
     let month = if march_month < 10 { march_month + 3 } else { march_month - 9 };
-    let year = year_of_era + era * 400 + i64::from(month <= 2);
+    let year = year_of_era + era * 400 + u32::from(month <= 2) - 400;
 
     let mut text = *b"0000-00-00T00:00:00.000Z";
-    let (year, of_day) = (year as u32, of_day as u32);
     put(&mut text, 0, year / 100);
     put(&mut text, 2, year % 100);
-    put(&mut text, 5, month as u32);
-    put(&mut text, 8, day as u32);
+    put(&mut text, 5, month);
+    put(&mut text, 8, day);
     put(&mut text, 11, of_day / 3_600_000);
     put(&mut text, 14, of_day / 60_000 % 60);
     put(&mut text, 17, of_day / 1000 % 60);
@@ -448,6 +450,13 @@ mod tests {
         {
             assert_eq!(any(none), "none", "{none}");
         }
+    }
+
+    #[test]
+    fn the_ends_of_the_calendar() {
+        assert_eq!(show(i64::MIN), "0000-01-01T00:00:00.000Z");
+        assert_eq!(show(i64::MAX), "9999-12-31T23:59:59.999Z");
+        assert_eq!(show(-1), "1969-12-31T23:59:59.999Z");
     }
 
     proptest! {
