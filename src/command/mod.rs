@@ -20,12 +20,10 @@ use crate::cli::{self, Cli, Command};
 use crate::config::{
     ConfigError, Environment, Loaded, default_store, load_elasticsearch, load_receive,
 };
-use crate::destination::elasticsearch::Client;
 use crate::exit::Exit;
 use crate::search::{QueryError, SearchArgs, SearchTarget};
 use crate::{shutdown, telemetry};
 
-use search::Outcome;
 use token::TokenAction;
 
 /// Threads of the runtime: a companion leaves the other cores to what it serves.
@@ -90,13 +88,7 @@ async fn search(args: cli::Search, environment: Environment) -> anyhow::Result<E
         json: args.json,
         target,
     };
-    let outcome = search::run(typed, async |config, index, body| {
-        Ok(Client::new(config)?.search(index, body).await?)
-    });
-    match outcome.await? {
-        Outcome::Found => Ok(Exit::Done),
-        Outcome::NothingFound => Ok(Exit::Failed),
-    }
+    search::run(typed).await
 }
 
 /// Sets up logging, tells the warnings, and hands out the configuration.

@@ -12,5 +12,5 @@ pub async fn run(args: cli::Send, environment: Environment) -> anyhow::Result<Ex
     let config = super::begin(loaded);
     let once = config.once;
     let summary = sender::run(config, shutdown::install()).await?;
-    Ok(if once && !summary.is_complete() { Exit::Failed } else { Exit::Done })
+    Ok(if once && !summary.complete { Exit::Failed } else { Exit::Done })
 }
