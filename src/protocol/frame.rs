@@ -33,9 +33,10 @@ impl FrameFlags {
     const CONTINUES: u8 = 4;
 
     fn bits(self) -> u8 {
-        u8::from(self.zstd) * FrameFlags::ZSTD
-            | u8::from(self.resend) * FrameFlags::RESEND
-            | u8::from(self.continues) * FrameFlags::CONTINUES
+        let bit = |set: bool, bit: u8| if set { bit } else { 0 };
+        bit(self.zstd, FrameFlags::ZSTD)
+            | bit(self.resend, FrameFlags::RESEND)
+            | bit(self.continues, FrameFlags::CONTINUES)
     }
 
     fn from_bits(bits: u8) -> Option<FrameFlags> {

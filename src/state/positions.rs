@@ -129,7 +129,7 @@ pub(super) fn save(
     let mut bytes = format!("{:08x} ", crc32c::crc32c(&json)).into_bytes();
     bytes.extend_from_slice(&json);
     match fs::rename(dir.join(NAME), dir.join(PREVIOUS)) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => replace_file(dir, NAME, &bytes),
     }
 }
