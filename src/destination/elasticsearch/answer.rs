@@ -225,68 +225,70 @@ struct Item<'a> {
     create: Created<'a>,
 }
 
+/// Any of its texts may be missing or `null`: that must not make the other items unreadable.
 #[derive(Deserialize)]
 struct Created<'a> {
     #[serde(rename = "_index", borrow, default)]
-    index: Cow<'a, str>,
+    index: Option<Cow<'a, str>>,
     status: u16,
     #[serde(borrow, default)]
-    result: Cow<'a, str>,
+    result: Option<Cow<'a, str>>,
     #[serde(borrow, default)]
-    failure_store: Cow<'a, str>,
+    failure_store: Option<Cow<'a, str>>,
     #[serde(borrow, default)]
-    error: Fault<'a>,
+    error: Option<Fault<'a>>,
 }
 
 #[derive(Deserialize, Default)]
 struct Fault<'a> {
     #[serde(rename = "type", borrow, default)]
-    kind: Cow<'a, str>,
-    /// `null` in some answers.
-    #[serde(default)]
-    reason: Option<String>,
+    kind: Option<Cow<'a, str>>,
+    #[serde(borrow, default)]
+    reason: Option<Cow<'a, str>>,
 }
 
 impl Created<'_> {
-    fn answer(&self, index: &str) -> Answer {
+    fn answer(self, index: &str) -> Answer {
+        let fault = self.error.as_ref().unwrap_or(&Fault { kind: None, reason: None });
         match self.status {
             200..=299 => self.success(index),
             409 => Answer::Conflict,
-            429 | 503 | 403 | 404 | 400 if self.error.is_of_the_index(self.status) => {
-                Answer::Index(self.error.text(self.status))
-            }
-            429 => Answer::Busy(self.error.text(429)),
-            503 => Answer::Unavailable(self.error.text(503)),
-            status @ 500.. => Answer::Broken(self.error.text(status)),
-            status => Answer::Refused(self.error.text(status)),
+            status if fault.is_of_the_index(status) => Answer::Index(fault.text(status)),
+            429 => Answer::Busy(fault.text(429)),
+            503 => Answer::Unavailable(fault.text(503)),
+            status @ 500.. => Answer::Broken(fault.text(status)),
+            status => Answer::Refused(fault.text(status)),
         }
     }
 
     fn success(&self, index: &str) -> Answer {
-        if self.status != 201 || self.result != "created" || self.failure_store == "used" {
-            Answer::Pipeline
-        } else if self.index != index {
-            Answer::Elsewhere(Arc::from(&*self.index))
-        } else {
-            Answer::Stored
+        let created = self.status == 201 && self.result.as_deref() == Some("created");
+        match self.index.as_deref() {
+            _ if !created || self.failure_store.as_deref() == Some("used") => Answer::Pipeline,
+            Some(named) if named == index => Answer::Stored,
+            named => Answer::Elsewhere(Arc::from(named.unwrap_or_default())),
         }
     }
 }
 
 impl Fault<'_> {
+    fn kind(&self) -> &str {
+        self.kind.as_deref().unwrap_or_default()
+    }
+
     /// Whether the index would refuse any document now.
     fn is_of_the_index(&self, status: u16) -> bool {
         match status {
             403 | 404 => true,
             // A full disk makes indices read-only under 429. Under 503 it is the whole cluster
             // that is blocked, which passes.
-            429 => self.kind == "cluster_block_exception",
+            429 => self.kind() == "cluster_block_exception",
             // The primary was away for the whole of the request's timeout, at the cost of all
             // other indices in it: not to be repeated for each batch (I6).
-            503 => self.kind == "unavailable_shards_exception",
+            503 => self.kind() == "unavailable_shards_exception",
             // Closed; shard limit of the cluster; a name that this version refuses.
             400 => matches!(
-                &*self.kind,
+                self.kind(),
                 "index_closed_exception"
                     | "cluster_block_exception"
                     | "validation_exception"
@@ -297,8 +299,7 @@ impl Fault<'_> {
     }
 
     fn text(&self, status: u16) -> Arc<str> {
-        let reason = self.reason.as_deref().unwrap_or_default();
-        let text = match (&*self.kind, reason) {
+        let text = match (self.kind(), self.reason.as_deref().unwrap_or_default()) {
             ("", "") => format!("HTTP status {status}"),
             (kind, "") => kind.to_owned(),
             ("", reason) => reason.to_owned(),
@@ -440,6 +441,8 @@ mod tests {
         assert_eq!(one(r#"{"status":500}"#), Answer::Broken(Arc::from("HTTP status 500")));
         let null = r#"{"status":400,"error":{"type":"x","reason":null}}"#;
         assert_eq!(one(null), Answer::Refused(Arc::from("x")));
+        let nulls = r#"{"_index":null,"status":400,"result":null,"error":null}"#;
+        assert_eq!(one(nulls), Answer::Refused(Arc::from("HTTP status 400")));
     }
 
     #[test]

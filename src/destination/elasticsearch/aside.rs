@@ -118,3 +118,40 @@ impl Aside {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::super::tests::stretch;
+    use super::*;
+
+    #[tokio::test]
+    async fn what_waits_comes_when_it_is_due_and_in_order() {
+        let aside = Aside::default();
+        let now = Instant::now();
+        let later = now + Duration::from_millis(50);
+        for (due, index) in [(later, "last"), (now, "first"), (now, "second")] {
+            aside.push(due, Work::Index(stretch(index))).expect("room");
+        }
+        let mut order = Vec::new();
+        while let Some(work) = aside.take(true).await {
+            order.push(work.stretch().hold.target.name.to_string());
+        }
+        assert_eq!(order, ["first", "second", "last"]);
+        assert!(Instant::now() >= later);
+    }
+
+    #[tokio::test]
+    async fn a_full_list_gives_back() {
+        let aside = Aside::default();
+        let stretch = stretch("a");
+        let due = Instant::now() + Duration::from_secs(60);
+        for _ in 0..STRETCHES_MAX {
+            aside.push(due, Work::Index(stretch.clone())).expect("room");
+        }
+        assert!(aside.push(due, Work::Index(stretch.clone())).is_err());
+        aside.hand_on(Work::Index(stretch));
+        assert!(aside.try_take().is_some(), "what is begun goes on all the same");
+    }
+}

@@ -30,7 +30,8 @@ const PROBE_MAX: Duration = Duration::from_secs(30);
 /// A 413 never makes batches smaller than this, in bytes.
 const BATCH_BYTES_MIN: usize = 64 << 10;
 
-/// So many unknown answers in a row make the request smaller: its size may be what breaks them.
+/// So many unknown answers in a row make the request smaller: something in it may be what breaks
+/// them. A single document is given up for now, so that it does not keep the slot (I6).
 const UNKNOWN_MAX: u32 = 4;
 
 /// So many single documents refused as whole requests, with none accepted: it is not their fault.
@@ -64,7 +65,9 @@ enum Attempted {
     Forbidden(String),
     /// No answer, but nothing was done either.
     Nothing(String),
-    /// Everything or nothing may be done.
+    /// A proxy found nobody behind it; everything or nothing may be done.
+    Away(String),
+    /// Everything or nothing may be done, and this request may be the cause.
     Unknown(String),
 }
 
@@ -222,12 +225,20 @@ impl Sending<'_> {
                     self.exchange.client.fail_over();
                 }
                 Attempted::Nothing(reason) => self.wait(reason).await?,
+                Attempted::Away(reason) => {
+                    self.repeated = true;
+                    self.wait(reason).await?;
+                }
                 Attempted::Unknown(reason) => {
                     self.repeated = true;
                     unknown += 1;
-                    self.wait(reason).await?;
-                    if unknown % UNKNOWN_MAX == 0 && range.len() > 1 {
+                    self.wait(reason.clone()).await?;
+                    if unknown == UNKNOWN_MAX && range.len() > 1 {
                         return Ok(Part::Halve);
+                    }
+                    if unknown == UNKNOWN_MAX {
+                        let answer = Answer::Broken(Arc::from(reason));
+                        return Ok(Part::Answered(Answers::Each(vec![answer])));
                     }
                 }
             }
@@ -258,6 +269,7 @@ impl Sending<'_> {
         match status {
             413 => Attempted::TooLarge(reason),
             400 => Attempted::Bad(reason),
+            502..=504 => Attempted::Away(reason),
             408 | 500.. => Attempted::Unknown(reason),
             429 => Attempted::Nothing(reason),
             // Redirects and 404 come from something else than Elasticsearch.

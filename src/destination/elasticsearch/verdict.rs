@@ -1,4 +1,4 @@
-//! What an answer means for a line: one pure function, the table of `ARCHITECTURE.md` as code.
+//! What an answer means for a line: one pure function over answer, history and index.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -27,7 +27,7 @@ pub(super) struct Attempt {
     pub(super) failures: u8,
     /// 429 and 503 answers.
     pub(super) busy: u8,
-    /// Refused in full form, when so many documents of its index were stored.
+    /// First refused, or met by a 5xx, when so many documents of its index were stored.
     pub(super) refused_when: Option<u64>,
 }
 
@@ -97,7 +97,10 @@ pub(super) fn fate(answer: &Answer, attempt: Attempt, target: &View, at: Circums
         },
         Answer::Broken(reason) => match attempt.failures + 1 {
             FAILURES_MAX.. => refused(reason, attempt, target, at),
-            failures => Fate::Again(Attempt { failures, ..attempt }, Pause::Backoff),
+            failures => {
+                let refused_when = attempt.refused_when.or(Some(at.stored_before));
+                Fate::Again(Attempt { failures, refused_when, ..attempt }, Pause::Backoff)
+            }
         },
         Answer::Index(reason) => Fate::IndexTrouble(Arc::clone(reason)),
         Answer::Refused(reason) => refused(reason, attempt, target, at),
@@ -112,7 +115,7 @@ fn refused(reason: &Arc<str>, attempt: Attempt, target: &View, at: Circumstances
         (Form::Reduced, Some(before)) if target.stored > before => Fate::Park(Arc::clone(reason)),
         (Form::Reduced, _) => Fate::Deferred(Arc::clone(reason)),
         (Form::Full, _) => {
-            let refused_when = Some(at.stored_before);
+            let refused_when = attempt.refused_when.or(Some(at.stored_before));
             let attempt = Attempt { form: Form::Reduced, refused_when, failures: 0, ..attempt };
             Fate::Again(attempt, Pause::None)
         }

@@ -197,6 +197,21 @@ fn lines(index: &str) -> Arc<Segment> {
     segment(index, Framing::LINES)
 }
 
+/// A line that waits for nothing in particular.
+pub(super) fn stretch(index: &str) -> batch::Stretch {
+    let memory = Arc::new(Semaphore::new(1)).try_acquire_owned().expect("memory");
+    let frame = Frame {
+        segment: lines(index),
+        offset: 0,
+        read_at: 0,
+        continues: false,
+        records: Bytes::from_static(b"line\n"),
+        reply: Reply::new(Arc::default(), 1),
+        memory,
+    };
+    batch::Stretch::whole(frame, target::Targets::default().get(index))
+}
+
 const PAUSE: Duration = Duration::from_millis(60);
 
 /// A destination at work.

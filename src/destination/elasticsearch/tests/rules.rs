@@ -442,3 +442,29 @@ async fn a_stop_ends_the_retries_and_receipts_nothing() {
     within(bench.running).await.expect("no panic");
     assert!(sent.inbox.try_take().is_empty());
 }
+
+#[tokio::test]
+async fn a_document_that_breaks_every_request_does_not_keep_the_slot() {
+    let mut poison = String::new();
+    let server = Server::start(move |request| {
+        if !request.is_bulk() {
+            return other(request);
+        }
+        let documents = request.documents();
+        if poison.is_empty() {
+            poison = documents[3].1.clone();
+        }
+        match documents.iter().any(|(index, id)| index == "a" && *id == poison) {
+            true => Answer::Json(500, json!({ "error": { "type": "bug" } })),
+            false => items(request, |index, _| created(index)),
+        }
+    })
+    .await;
+    let bench = Bench::start(&config(&[&server.url]));
+    let sent = bench.send(&lines("a"), "1\n2\n3\n4\n5\n6\n");
+    assert_eq!(bench.send(&lines("b"), "1\n").verdicts().await, [Verdict::Stored]);
+    let verdicts = sent.verdicts().await;
+    assert!(is_parked(&verdicts[3], "bug"), "{verdicts:?}");
+    assert_eq!(verdicts.iter().filter(|verdict| **verdict == Verdict::Stored).count(), 5);
+    bench.end().await;
+}
