@@ -152,7 +152,7 @@ impl Demo {
         };
         let (read, acted) = tokio::join!(reading.read(stdout), acting);
         read?;
-        acted.with_context(|| sender.last_words())?;
+        acted.with_context(|| format!("the demo failed{}", sender.last_words()))?;
         self.settle(&accounts).await
     }
 
