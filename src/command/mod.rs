@@ -22,7 +22,7 @@ use crate::config::{
 };
 use crate::exit::Exit;
 use crate::search::{QueryError, SearchArgs, SearchTarget};
-use crate::{shutdown, telemetry};
+use crate::{shutdown, telemetry, tls};
 
 use token::TokenAction;
 
@@ -31,6 +31,7 @@ const WORKER_THREADS: usize = 2;
 
 /// Runs what was typed, and says on standard error why it failed, if it did.
 pub fn run(cli: Cli) -> Exit {
+    tls::install_provider();
     let environment = Environment::of_process();
     let result = match cli.command {
         Command::Send(args) => with_runtime(send::run(*args, environment)),

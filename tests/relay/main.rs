@@ -2,4 +2,5 @@
 
 mod support;
 
+mod files;
 mod servers_smoke;

@@ -2,3 +2,5 @@
 
 #[allow(dead_code)]
 pub mod servers;
+#[allow(dead_code)]
+pub mod waybill;
