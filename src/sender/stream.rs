@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use tokio::sync::SemaphorePermit;
 use tracing::{debug, error, info, warn};
 use uuid::Uuid;
 
@@ -212,7 +213,8 @@ impl Stream {
         changed.retain(|entry| !dropped.contains(&entry.row.segment));
         let newest_is_open =
             stream.segments.back().is_some_and(|segment| segment.window.end().is_none());
-        if newest_is_open {
+        let kept = matches!(stream.origin.as_deref(), Some(Origin::Kept(_)));
+        if newest_is_open || (kept && !stream.segments.is_empty()) {
             stream.context.state.commit(&changed.iter().collect::<Vec<_>>(), &dropped)?;
             stream.follow_configuration()?;
         } else {
@@ -344,7 +346,7 @@ impl Stream {
             }
         }
         loop {
-            self.read_letters().await;
+            self.read_letters_on(link).await;
             if let Some(end) = self.look().await {
                 return Some(end);
             }
@@ -433,8 +435,14 @@ impl Stream {
 
     /// Reads one frame and sends it.
     async fn send(&mut self, link: &Link, number: usize, next: Next) -> Step {
-        if !self.open_on(link, number).await {
-            return Step::LinkGone;
+        match self.open_on(link, number).await {
+            Ok(true) => {}
+            Ok(false) => return Step::LinkGone,
+            Err(error) => {
+                warn!(%error, "the state directory cannot be written: it is tried again");
+                self.retry_at = Some(Instant::now() + DISK_RETRY);
+                return Step::Goes;
+            }
         }
         let segment = &self.segments[number];
         let row = &segment.entry.row;
@@ -463,12 +471,11 @@ impl Stream {
                 request.to = [request.to, cut].into_iter().flatten().min();
             }
         }
-        let Some((frame, mut credit)) = self.permits(link, request.want).await else {
-            return Step::LinkGone;
+        let (frame, mut credit) = match self.permits(link, request.want).await {
+            Permits::Granted { frame, credit } => (frame, credit),
+            Permits::Interrupted => return Step::Goes,
+            Permits::LinkGone => return Step::LinkGone,
         };
-        if self.is_stopping() {
-            return Step::Goes;
-        }
         match self.read(request.clone()).await {
             Ok(Read::Framed(framed)) => {
                 match credit.split(framed.records.len()) {
@@ -494,25 +501,31 @@ impl Stream {
         }
     }
 
-    /// Waits for a frame's credit, reading letters meanwhile; `None` when the link is gone.
-    async fn permits<'a>(
-        &mut self,
-        link: &'a Link,
-        want: usize,
-    ) -> Option<(tokio::sync::SemaphorePermit<'a>, tokio::sync::SemaphorePermit<'a>)> {
+    /// Waits for a frame's credit, reading letters meanwhile. That may take as long as the
+    /// destination is away, so that a stop and a change of the file interrupt it.
+    async fn permits<'a>(&mut self, link: &'a Link, want: usize) -> Permits<'a> {
         let acquire = async {
             let frame = link.frames.acquire().await.ok()?;
             let credit = link.credit.acquire_many(want as u32).await.ok()?;
             Some((frame, credit))
         };
         tokio::pin!(acquire);
+        let stopping = self.context.stopping.clone();
         loop {
             tokio::select! {
                 biased;
-                () = link.closed.cancelled() => return None,
-                () = self.context.ending.cancelled() => return None,
-                permits = &mut acquire => return permits,
-                () = self.mailbox.wake.notified() => self.read_letters_on(link).await,
+                () = link.closed.cancelled() => return Permits::LinkGone,
+                () = stopping.cancelled() => return Permits::Interrupted,
+                permits = &mut acquire => return match permits {
+                    Some((frame, credit)) => Permits::Granted { frame, credit },
+                    None => Permits::LinkGone,
+                },
+                () = self.mailbox.wake.notified() => {
+                    self.read_letters_on(link).await;
+                    if self.flags.look.load(Ordering::Relaxed) {
+                        return Permits::Interrupted;
+                    }
+                }
             }
         }
     }
@@ -639,13 +652,6 @@ impl Stream {
         let state = self.context.state.clone();
         let commit = move || state.commit(&changed.iter().collect::<Vec<_>>(), &dropped);
         tokio::task::spawn_blocking(commit).await.map_err(io::Error::other)?
-    }
-
-    async fn read_letters(&mut self) {
-        let link = self.context.links.borrow().clone();
-        if let Some(link) = link {
-            self.read_letters_on(&link).await;
-        }
     }
 
     async fn read_letters_on(&mut self, link: &Link) {
@@ -814,7 +820,9 @@ impl Stream {
     /// boundary.
     fn follow_configuration(&mut self) -> io::Result<()> {
         let newest = self.segments.back().expect("a stream has a segment");
-        if self.attributes.agree(&newest.entry.row) {
+        // Nothing new comes into the copy of a deleted file.
+        let kept = matches!(self.origin.as_deref(), Some(Origin::Kept(_)));
+        if kept || self.attributes.agree(&newest.entry.row) {
             return Ok(());
         }
         let boundary = self.boundary()?;
@@ -946,7 +954,8 @@ impl Stream {
             }
         }
         let newest = self.segments.back().expect("a stream has a segment");
-        if !suits(&newest.entry, welcome) && newest.window.end().is_none() {
+        let kept = matches!(self.origin.as_deref(), Some(Origin::Kept(_)));
+        if !kept && !suits(&newest.entry, welcome) && newest.window.end().is_none() {
             let boundary = self.boundary()?;
             info!(offset = boundary, "the receiver names indices in another way now: a new row");
             self.split_now(boundary, Some(link))?;
@@ -955,27 +964,23 @@ impl Stream {
     }
 
     /// Declares a segment on this link, once; `false` when the link is gone.
-    async fn open_on(&mut self, link: &Link, number: usize) -> bool {
+    async fn open_on(&mut self, link: &Link, number: usize) -> io::Result<bool> {
         let segment = &mut self.segments[number];
         if segment.handle.is_some() {
-            return true;
+            return Ok(true);
         }
         // A split may have opened this row before the link was there.
         if segment.entry.row.sender.is_none() || segment.entry.row.rule.is_none() {
             let mut entry = segment.entry.clone();
             complete(&mut entry, &link.welcome);
-            if let Err(error) = self.commit(vec![entry.clone()], Vec::new()).await {
-                warn!(%error, "the state directory cannot be written");
-                self.retry_at = Some(Instant::now() + DISK_RETRY);
-                return !link.closed.is_cancelled();
-            }
+            self.commit(vec![entry.clone()], Vec::new()).await?;
             self.segments[number].entry = entry;
         }
         let segment = &mut self.segments[number];
         let handle = link.register(self.mailbox.clone());
         segment.handle = Some(handle);
         let open = Control::Open(Box::new(Open { handle, row: segment.entry.row.clone() }));
-        link.send(Outgoing::Text(open.encode())).await
+        Ok(link.send(Outgoing::Text(open.encode())).await)
     }
 
     /// Forgets rows whose end is receipted, except the newest.
@@ -1003,14 +1008,14 @@ impl Stream {
         }
         let refused = self.segments.iter().any(|segment| segment.refused);
         let idle = |segment: &Segment| segment.refused || segment.window.is_idle();
-        if self.ready && !refused || !self.segments.iter().all(idle) {
+        if !self.segments.iter().all(idle) {
             return None;
         }
         let once = self.context.config.once;
         if once && (refused || self.failed) {
             return Some(End::Failed);
         }
-        if refused || self.segments.len() > 1 {
+        if self.ready || refused || self.segments.len() > 1 {
             return None;
         }
         let unchanged = self.changed_at.elapsed();
@@ -1039,6 +1044,12 @@ impl Stream {
 enum Work {
     Send { number: usize, next: Next },
     Wait(Option<Instant>),
+}
+
+enum Permits<'a> {
+    Granted { frame: SemaphorePermit<'a>, credit: SemaphorePermit<'a> },
+    Interrupted,
+    LinkGone,
 }
 
 enum Step {
