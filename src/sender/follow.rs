@@ -217,8 +217,8 @@ impl Follower {
             self.swept_at = started;
             return 0;
         }
-        let lost = self.known(|run| !self.streams.contains_key(run));
-        let held = self.known(|run| self.streams.contains_key(run));
+        let lost = self.known(false);
+        let held = self.known(true);
         let around = Surroundings {
             lost: &lost,
             held: &held,
@@ -330,14 +330,13 @@ impl Follower {
         lost.iter().filter_map(opened).min().unwrap_or_else(SystemTime::now)
     }
 
-    /// What the state knows of the runs of file sources, by whether they run.
-    fn known(&self, wanted: impl Fn(&Uuid) -> bool) -> Vec<Known> {
+    /// What the state knows of the runs of file sources: of those whose bytes we hold, in an open
+    /// file or a copy, or of the others.
+    fn known(&self, held: bool) -> Vec<Known> {
         let mut runs: HashMap<Uuid, Known> = HashMap::new();
         for (entry, progress) in self.context.state.entries() {
-            if !matches!(entry.row.framing, Framing::Lines { .. })
-                || entry.kept_from.is_some()
-                || !wanted(&entry.run)
-            {
+            let is_held = entry.kept_from.is_some() || self.streams.contains_key(&entry.run);
+            if !matches!(entry.row.framing, Framing::Lines { .. }) || is_held != held {
                 continue;
             }
             let named = |source: &FileSource| source.attributes.source.name == entry.row.source;
