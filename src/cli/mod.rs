@@ -115,6 +115,9 @@ pub struct Send {
     /// Unix stream socket to make and read, lines or octet-counted, as syslog-ng's unix-stream()
     #[arg(long, value_name = "PATH", help_heading = "Sources")]
     pub unix_stream: Vec<PathBuf>,
+    /// Answer supervisor's events on standard input and output, as an [eventlistener:…] does
+    #[arg(long, help_heading = "Sources")]
+    pub supervisor_events: bool,
     /// Where files start that are there at the first run: beginning or end [default: beginning]
     #[arg(long, value_name = "WHERE", value_parser = value::start, help_heading = "Sources")]
     pub start: Option<Start>,

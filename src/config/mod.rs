@@ -108,6 +108,8 @@ pub enum Input {
     },
     /// Standard input, through the spool.
     Stdin,
+    /// supervisor's events on standard input, answered on standard output.
+    SupervisorEvents,
     /// A Unix datagram socket that this process binds, one record per datagram.
     UnixDatagram {
         /// Absolute path of the socket.

@@ -10,7 +10,7 @@ use super::problem::{At, ConfigError, Findings, Place};
 use super::source::{self, SourceLayer};
 use super::value;
 use super::{
-    Endpoint, EndpointAddress, Environment, Loaded, ReceiptsTarget, SendConfig, SourceConfig,
+    Endpoint, EndpointAddress, Environment, Input, Loaded, ReceiptsTarget, SendConfig, SourceConfig,
 };
 
 /// How long a stop waits for outstanding receipts unless configured.
@@ -151,6 +151,12 @@ fn check(
     }
     let state_dir = check_state_dir(layer.state_dir, environment, &mut findings);
     let sources = check_sources(layer.sources, layer.once, environment, &mut findings);
+    if let Some(at) = layer.receipts.as_ref().filter(|at| at.value == ReceiptsTarget::Stdout)
+        && sources.iter().any(|source| source.input == Input::SupervisorEvents)
+    {
+        let message = "supervisor's events are answered on standard output: name a file instead";
+        findings.problem(&at.place, message);
+    }
     let receipts = layer.receipts.map(|at| at.value);
     let receipts_on_terminal =
         receipts == Some(ReceiptsTarget::Stdout) && environment.stdout_is_terminal;
@@ -235,7 +241,7 @@ fn check_sources(
     for layer in layers {
         let place = layer.place.clone();
         let Some(source) = layer.check(once, environment, findings) else { continue };
-        if let Some(twin) = sources.iter().find(|other| other.input == source.input) {
+        if let Some(twin) = sources.iter().find(|other| same_input(&other.input, &source.input)) {
             let name = &twin.name;
             findings.problem(&place, format!("the same is read by source {name:?} already"));
         } else if let Some(first) = names.get(&source.name) {
@@ -247,4 +253,10 @@ fn check_sources(
         }
     }
     sources
+}
+
+/// Whether both would read the same bytes: there is one standard input.
+fn same_input(one: &Input, other: &Input) -> bool {
+    let is_stdin = |input: &Input| matches!(input, Input::Stdin | Input::SupervisorEvents);
+    one == other || is_stdin(one) && is_stdin(other)
 }

@@ -21,7 +21,7 @@ pub struct SourceLayer {
     pub place: Place,
     /// `source.name`; made from the input where missing.
     pub name: Option<At<String>>,
-    /// `source.files`, `.unix_datagram`, `.unix_stream`, `.stdin`; one of them.
+    /// `source.files`, `.unix_datagram`, `.unix_stream`, `.stdin`, `.supervisor_events`; one of them.
     pub inputs: Vec<At<TypedInput>>,
     /// An input was typed, and refused.
     pub refused: bool,
@@ -43,6 +43,8 @@ pub enum TypedInput {
     },
     /// Standard input.
     Stdin,
+    /// supervisor's events.
+    SupervisorEvents,
     /// A Unix datagram socket.
     UnixDatagram(PathBuf),
     /// A Unix stream socket.
@@ -134,7 +136,12 @@ impl SourceLayer {
         let stream = table.path("unix_stream").map(|at| at.map(TypedInput::UnixStream));
         let stdin =
             table.boolean("stdin").filter(|at| at.value).map(|at| at.map(|_| TypedInput::Stdin));
-        let inputs: Vec<_> = [files, datagram, stream, stdin].into_iter().flatten().collect();
+        let supervisor = table
+            .boolean("supervisor_events")
+            .filter(|at| at.value)
+            .map(|at| at.map(|_| TypedInput::SupervisorEvents));
+        let inputs: Vec<_> =
+            [files, datagram, stream, stdin, supervisor].into_iter().flatten().collect();
         SourceLayer {
             place: table.place(),
             name: table.text("name", name),
@@ -165,8 +172,8 @@ impl SourceLayer {
             Err(inputs) if inputs.is_empty() && self.refused => return None,
             Err(inputs) => {
                 let place = inputs.get(1).map_or(&self.place, |second| &second.place);
-                let message =
-                    "a source has exactly one of files, unix_datagram, unix_stream, stdin";
+                let message = "a source has exactly one of files, unix_datagram, unix_stream, stdin, \
+                     supervisor_events";
                 findings.problem(place, message);
                 return None;
             }
@@ -178,6 +185,7 @@ impl SourceLayer {
                 (Input::Files { pattern }, name)
             }
             TypedInput::Stdin => (Input::Stdin, "stdin".to_owned()),
+            TypedInput::SupervisorEvents => (Input::SupervisorEvents, "supervisor".to_owned()),
             TypedInput::UnixDatagram(path) => {
                 check::socket_path(&path, &typed.place, findings);
                 let name = escape_path(&path);
@@ -193,6 +201,13 @@ impl SourceLayer {
         let is_socket = matches!(input, Input::UnixDatagram { .. } | Input::UnixStream { .. });
         if let Some(at) = self.mode.as_ref().filter(|_| !is_socket) {
             findings.problem(&at.place, "only a socket has a mode: remove it");
+        }
+        if input == Input::SupervisorEvents
+            && let Some(at) = settings.format.as_ref()
+            && matches!(at.value, Format::Json | Format::Raw)
+        {
+            let message = "lines of supervisor's events get a syslog header: use auto or syslog";
+            findings.problem(&at.place, message);
         }
         Some(SourceConfig {
             name: self.name.map_or(derived_name, |at| at.value),

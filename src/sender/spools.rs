@@ -23,6 +23,7 @@ use crate::record::{Day, Framing, SegmentId};
 use crate::source::datagram::DatagramSource;
 use crate::source::stdin::{StdinEnd, StdinSource};
 use crate::source::stream::StreamSource;
+use crate::source::supervisor::SupervisorSource;
 use crate::source::{BindError, SourceError};
 use crate::spool::{Budget, Spool, SpoolError, directory};
 
@@ -41,6 +42,9 @@ pub enum OpenError {
     /// Standard input is closed.
     #[error("standard input cannot be read: {0}")]
     Stdin(io::Error),
+    /// Standard input or output is closed, or what a killed listener left cannot be read.
+    #[error("supervisor's events cannot be taken: {0}")]
+    Supervisor(io::Error),
 }
 
 /// A source that writes into a spool, before its first byte.
@@ -54,6 +58,7 @@ enum Intake {
     Datagram(DatagramSource),
     Stream(StreamSource),
     Stdin(StdinSource),
+    Supervisor(SupervisorSource),
 }
 
 impl SpoolSource {
@@ -66,6 +71,9 @@ impl SpoolSource {
         let intake = match &attributes.source.input {
             Input::Files { .. } => return Ok(None),
             Input::Stdin => Intake::Stdin(StdinSource::open().map_err(OpenError::Stdin)?),
+            Input::SupervisorEvents => Intake::Supervisor(
+                SupervisorSource::open(state_dir).map_err(OpenError::Supervisor)?,
+            ),
             Input::UnixDatagram { path, mode } => {
                 Intake::Datagram(DatagramSource::bind(path, *mode)?)
             }
@@ -110,6 +118,14 @@ async fn take_in(
         Intake::Stream(source) => source.run(spool, stopping).await.map(|()| false),
         Intake::Stdin(source) => {
             source.run(spool, stopping).await.map(|end| end == StdinEnd::Finished)
+        }
+        Intake::Supervisor(source) => {
+            let end = source.run(spool, stopping.clone()).await?;
+            if end == StdinEnd::Finished {
+                info!("supervisor closed standard input: stopping with it");
+                stopping.cancel();
+            }
+            Ok(false)
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Where bytes come from: files that others write, sockets, standard input.
+//! Where bytes come from: files that others write, sockets, standard input, supervisor.
 
 pub mod files;
 
@@ -7,5 +7,6 @@ mod framer;
 mod socket;
 pub mod stdin;
 pub mod stream;
+pub mod supervisor;
 
 pub use socket::{BindError, SourceError};

@@ -193,19 +193,25 @@ impl Intake {
     pub async fn append(&self, payload: &[u8]) {
         let now = now_ms();
         for piece in payload.chunks(RECORD_BYTES_MAX) {
-            if self.spool.try_append(now, b"", piece) {
-                continue;
-            }
-            tokio::select! {
-                biased;
-                () = self.shutdown.cancelled() => self.spool.append_last(now, b"", piece),
-                () = self.spool.append(now, b"", piece) => {}
-            }
+            self.append_keyed(now, b"", piece).await;
+        }
+    }
+
+    /// Appends one record with its key and time, under the same rule.
+    pub async fn append_keyed(&self, time_ms: u64, key: &[u8], payload: &[u8]) {
+        if self.spool.try_append(time_ms, key, payload) {
+            return;
+        }
+        tokio::select! {
+            biased;
+            () = self.shutdown.cancelled() => self.spool.append_last(time_ms, key, payload),
+            () = self.spool.append(time_ms, key, payload) => {}
         }
     }
 }
 
-fn now_ms() -> u64 {
+/// Milliseconds since 1970.
+pub(super) fn now_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }

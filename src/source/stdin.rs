@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io::{self, PipeReader, Read};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::thread;
 
@@ -97,7 +97,7 @@ fn read_lines(
     let mut buffer = vec![0; READ_BYTES];
     let end = loop {
         runtime.block_on(intake.room());
-        match wait(&input, woken) {
+        match wait(input.as_fd(), woken) {
             Ok(Ready::Input) => {}
             Ok(Ready::Stop) => break Ok(StdinEnd::Stopped),
             Err(error) => break Err(error),
@@ -118,17 +118,19 @@ fn read_lines(
     end
 }
 
-fn is_passing(error: &io::Error) -> bool {
+/// Whether reading goes on after this.
+pub(super) fn is_passing(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock)
 }
 
-enum Ready {
+/// What came first.
+pub(super) enum Ready {
     Input,
     Stop,
 }
 
 /// Waits until there is something to read, or the other end of `woken` is closed.
-fn wait(input: &File, woken: &PipeReader) -> io::Result<Ready> {
+pub(super) fn wait(input: BorrowedFd<'_>, woken: &PipeReader) -> io::Result<Ready> {
     let entry = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
     let mut entries = [entry(woken.as_raw_fd()), entry(input.as_raw_fd())];
     loop {

@@ -252,6 +252,12 @@ impl Spool {
         if synced >= target { Ok(()) } else { Err(SpoolError::Lost { bytes: target - synced }) }
     }
 
+    /// Lets the next sync begin at once: for a source whose peer waits for [`Spool::flush`] before
+    /// it sends more, so that nothing else would share the sync.
+    pub fn hurry(&self) {
+        self.shared.queue.hurry();
+    }
+
     /// Ends the live segment behind what was appended so far, for a row that must end there (a
     /// new UTC day); the watermark tells when. Nothing happens where the segment is empty.
     pub fn end_segment(&self) {

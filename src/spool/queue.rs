@@ -40,6 +40,8 @@ struct Pending {
     /// Bytes ever appended.
     appended: u64,
     closed: bool,
+    /// Somebody waits for the sync: no lingering.
+    hurried: bool,
 }
 
 impl Queue {
@@ -81,6 +83,12 @@ impl Queue {
         self.work.notify_all();
     }
 
+    /// The group that waits for others is written at once.
+    pub fn hurry(&self) {
+        self.lock().hurried = true;
+        self.work.notify_all();
+    }
+
     pub fn close(&self) {
         self.lock().closed = true;
         self.work.notify_all();
@@ -97,7 +105,10 @@ impl Queue {
             pending = self.work.wait(pending).unwrap_or_else(PoisonError::into_inner);
         }
         let deadline = Instant::now() + GROUP_DELAY;
-        while pending.bytes.len() < GROUP_BYTES && pending.segment_end.is_none() && !pending.closed
+        while pending.bytes.len() < GROUP_BYTES
+            && pending.segment_end.is_none()
+            && !pending.closed
+            && !pending.hurried
         {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -108,6 +119,7 @@ impl Queue {
         }
         let mut bytes = std::mem::replace(&mut pending.bytes, spare);
         let segment_end = pending.segment_end.take();
+        pending.hurried = false;
         if let Some(end) = segment_end {
             pending.bytes.extend_from_slice(&bytes[end..]);
             bytes.truncate(end);
