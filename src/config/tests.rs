@@ -91,7 +91,7 @@ fn bad_senders_say_where_and_what_is_allowed() {
         (
             with_source("  typ = 'nginx'\n"),
             "c.toml:5:3: source.typ: unknown key; allowed here: files, follow_symlinks, format, \
-             labels, mode, name, start, stdin, tags, timezone, type, unix_datagram, unix_stream"
+             labels, mode, name, start, stdin, supervisor_events, tags, timezone, type, unix_datagram, unix_stream"
                 .to_owned(),
         ),
         (

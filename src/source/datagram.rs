@@ -4,19 +4,21 @@
 //! tells us. That queue is counted in datagrams, `net.unix.max_dgram_qlen` at the time of the
 //! bind, so a thread of its own drains it and never waits for a sync, only for room.
 
-use std::io;
+use std::io::{self, PipeReader, PipeWriter};
 use std::net::Shutdown;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::sync::Arc;
 use std::{fs, thread};
 
-use rustix::net::RecvFlags;
+use rustix::net::{RecvFlags, SocketType};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use super::socket::{BindError, Intake, SocketFile, SourceError};
+use super::stdin::wait;
 use crate::record::escape_path;
 use crate::spool::{Spool, SpoolError, Throttle};
 
@@ -38,7 +40,8 @@ impl DatagramSource {
     ///
     /// Where somebody listens there, something else lies there, or the directory is missing.
     pub fn bind(path: &Path, mode: u32) -> Result<DatagramSource, BindError> {
-        let (socket, file) = SocketFile::bind(path, mode, |path| UnixDatagram::bind(path))?;
+        let (socket, file) =
+            SocketFile::bind(path, mode, SocketType::DGRAM, |path| UnixDatagram::bind(path))?;
         let queue = fs::read_to_string("/proc/sys/net/unix/max_dgram_qlen").unwrap_or_default();
         tracing::info!(
             socket = %escape_path(path), queue_datagrams = queue.trim(),
@@ -47,8 +50,9 @@ impl DatagramSource {
         Ok(DatagramSource { socket: Arc::new(socket), file })
     }
 
-    /// Spools one record per datagram until the stop. Then senders are refused, what is queued is
-    /// taken, the file is unlinked, and all is synced.
+    /// Spools one record per datagram until the stop, and syncs them. Of a socket that this process
+    /// bound, senders are then refused, what is queued is taken, and the file is unlinked; one that
+    /// a service manager keeps is left as it is, with its queue.
     ///
     /// # Errors
     ///
@@ -58,9 +62,17 @@ impl DatagramSource {
         spool: Arc<Spool>,
         shutdown: CancellationToken,
     ) -> Result<(), SourceError> {
+        let failed = |source| SourceError::Read { from: escape_path(self.file.path()), source };
         // Dropping this future stops the thread too.
-        let stop = Stop { socket: self.socket.clone(), token: shutdown.child_token() };
+        let (woken, wake) = io::pipe().map_err(failed)?;
+        let stop = Stop {
+            socket: (!self.file.is_kept()).then(|| self.socket.clone()),
+            token: shutdown.child_token(),
+            _wake: wake,
+        };
         let drain = Drain {
+            woken,
+            is_kept: self.file.is_kept(),
             socket: self.socket.clone(),
             path: escape_path(self.file.path()),
             intake: Intake { spool: spool.clone(), shutdown: stop.token.clone() },
@@ -86,20 +98,25 @@ impl DatagramSource {
         self.file.unlink();
         spool.flush().await?;
         end.unwrap_or_else(|_| Err(io::Error::other("the draining thread panicked")))
-            .map_err(|source| SourceError::Read { from: escape_path(self.file.path()), source })
+            .map_err(failed)
     }
 }
 
-/// Ends the thread when dropped: `shutdown` wakes it, refuses senders, and leaves the queue.
+/// Ends the thread when dropped: the pipe's closing wakes it, and `shutdown` refuses senders and
+/// leaves the queue.
 struct Stop {
-    socket: Arc<UnixDatagram>,
+    /// `None` where others hold the socket too.
+    socket: Option<Arc<UnixDatagram>>,
     token: CancellationToken,
+    _wake: PipeWriter,
 }
 
 impl Drop for Stop {
     fn drop(&mut self) {
         self.token.cancel();
-        if let Err(error) = self.socket.shutdown(Shutdown::Read) {
+        if let Some(socket) = &self.socket
+            && let Err(error) = socket.shutdown(Shutdown::Read)
+        {
             tracing::warn!(%error, "cannot shut a datagram socket down");
         }
     }
@@ -107,6 +124,8 @@ impl Drop for Stop {
 
 struct Drain {
     socket: Arc<UnixDatagram>,
+    woken: PipeReader,
+    is_kept: bool,
     path: String,
     intake: Intake,
     runtime: Handle,
@@ -117,22 +136,28 @@ struct Drain {
 impl Drain {
     fn run(&self) -> io::Result<()> {
         let mut buffer = vec![0; DATAGRAM_BYTES_MAX];
-        let mut stopping = false;
+        // TRUNC: the answer is the datagram's own length. DONTWAIT and not O_NONBLOCK, which all
+        // holders of a socket share.
+        let flags = RecvFlags::TRUNC | RecvFlags::DONTWAIT;
         loop {
-            if !stopping && self.intake.shutdown.is_cancelled() {
-                stopping = true;
-                self.socket.set_nonblocking(true)?;
+            let stopping = self.intake.shutdown.is_cancelled();
+            if stopping && self.is_kept {
+                return Ok(());
             }
             if !stopping && self.runtime.block_on(self.intake.room()) {
                 self.note_wait();
+                // The stop may have ended the wait.
+                continue;
             }
-            // TRUNC: the answer is the datagram's own length.
-            match rustix::net::recv(&*self.socket, &mut buffer[..], RecvFlags::TRUNC) {
+            match rustix::net::recv(&*self.socket, &mut buffer[..], flags) {
                 Ok((taken, length)) => self.spool(&buffer[..taken], length),
                 Err(error) => match io::Error::from(error) {
                     error if error.kind() == io::ErrorKind::Interrupted => {}
-                    error if stopping && error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                    error => return Err(error),
+                    error if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
+                    _ if stopping => return Ok(()),
+                    _ => {
+                        wait(self.socket.as_fd(), &self.woken)?;
+                    }
                 },
             }
         }

@@ -4,6 +4,7 @@ pub mod files;
 
 pub mod datagram;
 mod framer;
+mod inherited;
 mod socket;
 pub mod stdin;
 pub mod stream;

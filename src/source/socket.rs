@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
@@ -9,8 +10,10 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::io::Errno;
+use rustix::net::SocketType;
 use tokio_util::sync::CancellationToken;
 
+use super::inherited;
 use crate::record::{RECORD_BYTES_MAX, escape_path};
 use crate::spool::{Spool, SpoolError};
 
@@ -80,29 +83,36 @@ pub enum SourceError {
     Spool(#[from] SpoolError),
 }
 
-/// The file of a socket that this process bound.
+/// The file of a socket that this process bound, or that was passed to it.
 #[derive(Debug)]
 pub(super) struct SocketFile {
     path: PathBuf,
-    identity: (u64, u64),
+    /// Device and inode; `None` where a service manager bound it and keeps it.
+    identity: Option<(u64, u64)>,
 }
 
 impl SocketFile {
-    /// Binds with `bind` at `path` and sets the permission bits `mode`. What a dead process left
-    /// there is removed; a socket on which somebody answers is not.
-    pub fn bind<S>(
+    /// Takes the socket that a service manager passed for `path`; else binds with `bind` there and
+    /// sets the permission bits `mode`. What a dead process left there is removed; a socket on
+    /// which somebody answers is not.
+    pub fn bind<S: From<OwnedFd>>(
         path: &Path,
         mode: u32,
+        kind: SocketType,
         bind: impl FnOnce(&Path) -> io::Result<S>,
     ) -> Result<(S, SocketFile), BindError> {
-        clear(path)?;
         let failed = |source| BindError::io(path, source);
+        if let Some(passed) = inherited::take(path, kind).map_err(failed)? {
+            tracing::info!(socket = %escape_path(path), "taken from the service manager");
+            return Ok((S::from(passed), SocketFile { path: path.to_owned(), identity: None }));
+        }
+        clear(path)?;
         let socket = bind(path).map_err(|source| match source.kind() {
             io::ErrorKind::AddrInUse => BindError::InUse { path: escape_path(path) },
             _ => failed(source),
         })?;
         let metadata = fs::symlink_metadata(path).map_err(failed)?;
-        let identity = (metadata.dev(), metadata.ino());
+        let identity = Some((metadata.dev(), metadata.ino()));
         let file = SocketFile { path: path.to_owned(), identity };
         fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(failed)?;
         Ok((socket, file))
@@ -112,10 +122,16 @@ impl SocketFile {
         &self.path
     }
 
-    /// Unlinks the file, unless another process has bound its own there meanwhile.
+    /// Whether the socket outlives this process: what is queued then is for the next start.
+    pub fn is_kept(&self) -> bool {
+        self.identity.is_none()
+    }
+
+    /// Unlinks the file, unless the socket is another's, or another process has bound its own there
+    /// meanwhile.
     pub fn unlink(&self) {
         let still_ours = fs::symlink_metadata(&self.path)
-            .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.identity);
+            .is_ok_and(|metadata| Some((metadata.dev(), metadata.ino())) == self.identity);
         if still_ours && let Err(error) = fs::remove_file(&self.path) {
             tracing::warn!(socket = %escape_path(&self.path), %error, "cannot unlink the socket");
         }
@@ -225,7 +241,7 @@ mod tests {
     use super::*;
 
     fn bind(path: &Path) -> Result<(UnixDatagram, SocketFile), BindError> {
-        SocketFile::bind(path, 0o622, |path| UnixDatagram::bind(path))
+        SocketFile::bind(path, 0o622, SocketType::DGRAM, |path| UnixDatagram::bind(path))
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::net::Shutdown;
+use rustix::net::{Shutdown, SocketType};
 use tokio::io::AsyncReadExt;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -42,11 +42,8 @@ impl StreamSource {
     ///
     /// Where somebody listens there, something else lies there, or the directory is missing.
     pub fn bind(path: &Path, mode: u32) -> Result<StreamSource, BindError> {
-        let (listener, file) = SocketFile::bind(path, mode, |path| {
-            let listener = StdListener::bind(path)?;
-            listener.set_nonblocking(true)?;
-            Ok(listener)
-        })?;
+        let (listener, file) =
+            SocketFile::bind(path, mode, SocketType::STREAM, |path| StdListener::bind(path))?;
         tracing::info!(socket = %escape_path(path), "listening for connections");
         Ok(StreamSource { listener, file })
     }
@@ -63,16 +60,20 @@ impl StreamSource {
         shutdown: CancellationToken,
     ) -> Result<(), SourceError> {
         let path = escape_path(self.file.path());
-        let listener = UnixListener::from_std(self.listener)
-            .map_err(|source| SourceError::Read { from: path.clone(), source })?;
+        let failed = |source| SourceError::Read { from: path.clone(), source };
+        self.listener.set_nonblocking(true).map_err(failed)?;
+        let listener = UnixListener::from_std(self.listener).map_err(failed)?;
         let server = Server {
             path,
             intake: Intake { spool: spool.clone(), shutdown },
             connections: TaskTracker::new(),
         };
         server.accept(&listener).await;
-        self.file.unlink();
-        server.accept_backlog(listener);
+        // Connections that wait on a socket that is kept are the next process's.
+        if !self.file.is_kept() {
+            self.file.unlink();
+            server.accept_backlog(listener);
+        }
         server.connections.close();
         server.connections.wait().await;
         Ok(spool.flush().await?)

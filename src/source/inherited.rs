@@ -1,0 +1,108 @@
+//! Sockets that a service manager bound before us and keeps (sd_listen_fds(3), `systemd.socket`).
+//!
+//! Such a socket outlives this process: what its peers send while nobody reads waits in the
+//! kernel's queue for the next start. It is found by the path at which it is bound. Its options,
+//! its file and its other holders are not ours: nothing here may shut it down or unlink it.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::{LazyLock, Mutex, PoisonError};
+
+use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, getsockname, sockopt};
+
+/// `SD_LISTEN_FDS_START`.
+const FIRST: RawFd = 3;
+
+/// More than any unit passes; a wrong number must not claim descriptors of others.
+const COUNT_MAX: u32 = 256;
+
+/// What was passed to this process and is not taken yet.
+static PASSED: LazyLock<Mutex<Vec<OwnedFd>>> = LazyLock::new(|| Mutex::new(passed()));
+
+/// Takes the Unix socket that is bound at `path`, if one was passed to this process.
+///
+/// # Errors
+///
+/// Where the socket there is of another type than `wanted`.
+pub(super) fn take(path: &Path, wanted: SocketType) -> io::Result<Option<OwnedFd>> {
+    let mut passed = PASSED.lock().unwrap_or_else(PoisonError::into_inner);
+    find(&mut passed, path, wanted)
+}
+
+fn find(passed: &mut Vec<OwnedFd>, path: &Path, wanted: SocketType) -> io::Result<Option<OwnedFd>> {
+    let Some(at) = passed.iter().position(|fd| is_bound_at(fd.as_fd(), path)) else {
+        return Ok(None);
+    };
+    if sockopt::socket_type(&passed[at])? != wanted {
+        return Err(io::Error::other(
+            "the service manager passed a socket of another type: a datagram source needs \
+             ListenDatagram=, a stream source ListenStream=",
+        ));
+    }
+    Ok(Some(passed.swap_remove(at)))
+}
+
+fn is_bound_at(fd: BorrowedFd<'_>, path: &Path) -> bool {
+    let Ok(address) = getsockname(fd) else { return false };
+    if address.address_family() != AddressFamily::UNIX {
+        return false;
+    }
+    let Ok(address) = SocketAddrUnix::try_from(address) else { return false };
+    address.path_bytes() == Some(path.as_os_str().as_bytes())
+}
+
+fn passed() -> Vec<OwnedFd> {
+    let number = |name| std::env::var(name).ok()?.parse::<u32>().ok();
+    // A child of ours inherits the variables and not the sockets.
+    if number("LISTEN_PID") != Some(std::process::id()) {
+        return Vec::new();
+    }
+    let count = number("LISTEN_FDS").unwrap_or(0).min(COUNT_MAX);
+    let names = std::env::var("LISTEN_FDNAMES").unwrap_or_default();
+    tracing::info!(count, ?names, "the service manager passed sockets");
+    (FIRST..)
+        .zip(0..count)
+        .filter_map(|(number, _)| {
+            // SAFETY: only asks whether the number is an open descriptor.
+            if unsafe { libc::fcntl(number, libc::F_GETFD) } < 0 {
+                return None;
+            }
+            // SAFETY: it is open, and by sd_listen_fds(3) it is ours: whoever sets LISTEN_PID to
+            // this process hands over the descriptors from 3 on. This runs once.
+            let fd = unsafe { OwnedFd::from_raw_fd(number) };
+            // Failing here would only let a child of ours hold the socket too.
+            let _ = fcntl_setfd(&fd, FdFlags::CLOEXEC);
+            Some(fd)
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::{UnixDatagram, UnixListener};
+
+    use super::*;
+
+    #[test]
+    fn a_socket_is_found_by_its_path_and_type() {
+        let dir = tempfile::tempdir().expect("dir");
+        let (datagram, stream) = (dir.path().join("d"), dir.path().join("s"));
+        let mut passed = vec![
+            OwnedFd::from(UnixListener::bind(&stream).expect("bind")),
+            OwnedFd::from(UnixDatagram::bind(&datagram).expect("bind")),
+            OwnedFd::from(UnixDatagram::unbound().expect("socket")),
+            OwnedFd::from(std::fs::File::open("/dev/null").expect("file")),
+        ];
+        let none = find(&mut passed, &dir.path().join("other"), SocketType::DGRAM);
+        assert!(none.expect("no error").is_none());
+        let error = find(&mut passed, &stream, SocketType::DGRAM).expect_err("another type");
+        assert!(error.to_string().contains("ListenDatagram="), "{error}");
+        assert!(find(&mut passed, &stream, SocketType::STREAM).expect("found").is_some());
+        assert!(find(&mut passed, &datagram, SocketType::DGRAM).expect("found").is_some());
+        assert!(find(&mut passed, &datagram, SocketType::DGRAM).expect("no error").is_none());
+        assert_eq!(passed.len(), 2);
+    }
+}
