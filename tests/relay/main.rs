@@ -3,4 +3,6 @@
 mod support;
 
 mod files;
+mod nginx;
 mod servers_smoke;
+mod supervisor;

@@ -111,7 +111,7 @@ pub fn spawn_bound(command: Command) -> io::Result<Child> {
 }
 
 /// Whether a program is on the PATH; the skip is noted where it is not.
-fn have(program: &str, package: &str) -> bool {
+pub fn have(program: &str, package: &str) -> bool {
     if quick() {
         skip(&format!("{program}: left out by --quick"));
         return false;
