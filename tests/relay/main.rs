@@ -2,5 +2,8 @@
 
 mod support;
 
+mod certificates;
+mod configuration;
 mod files;
 mod servers_smoke;
+mod tokens;

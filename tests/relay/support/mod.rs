@@ -3,4 +3,6 @@
 #[allow(dead_code)]
 pub mod servers;
 #[allow(dead_code)]
+pub mod store;
+#[allow(dead_code)]
 pub mod waybill;
