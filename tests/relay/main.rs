@@ -4,6 +4,7 @@ mod support;
 
 mod certificates;
 mod configuration;
+mod elasticsearch;
 mod files;
 mod servers_smoke;
 mod tokens;
