@@ -1,6 +1,6 @@
 //! Following files: finds them, recognises them, and gives each one a stream.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, Metadata};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -47,6 +47,8 @@ pub struct Follower {
     tasks: JoinSet<Ended>,
     runs: HashMap<tokio::task::Id, Uuid>,
     swept_at: SystemTime,
+    /// No sweep is over yet.
+    first: bool,
     failed: bool,
 }
 
@@ -70,6 +72,15 @@ impl Held {
         self.flags.look.store(true, Ordering::Relaxed);
         self.mailbox.wake.notify_one();
     }
+}
+
+/// What one sweep has seen.
+#[derive(Default)]
+struct Seen {
+    paths: HashMap<PathBuf, Inode>,
+    held: HashMap<Inode, Uuid>,
+    inodes: HashSet<Inode>,
+    found: Vec<Found>,
 }
 
 /// What stat(2) says of a file that matters here.
@@ -107,6 +118,7 @@ impl Follower {
             tasks: JoinSet::new(),
             runs: HashMap::new(),
             swept_at: previous,
+            first: true,
             failed: false,
             context,
         }
@@ -179,8 +191,10 @@ impl Follower {
     /// Looks at all patterns and all followed files; returns how many streams it started.
     fn sweep(&mut self, hints: &mut Hints, patient: bool) -> usize {
         let started = SystemTime::now();
-        let mut present: HashMap<PathBuf, Inode> = HashMap::new();
-        let mut found = Vec::new();
+        let mut seen = Seen {
+            held: self.streams.iter().map(|(run, held)| (held.inode, *run)).collect(),
+            ..Seen::default()
+        };
         for number in 0..self.sources.len() {
             let pattern = self.sources[number].pattern.clone();
             if let Some(folder) = watched_folder(&pattern) {
@@ -190,20 +204,29 @@ impl Follower {
                 if let Some(folder) = path.parent() {
                     hints.watch(folder);
                 }
-                if present.contains_key(&path) {
-                    continue;
+                if !seen.paths.contains_key(&path) {
+                    self.visit(number, path, &mut seen);
                 }
-                self.visit(number, path, &mut present, &mut found);
             }
         }
-        self.look_at_held(&present);
-        let lost = self.known(|run| !self.streams.contains_key(run));
+        self.look_at_held(&seen.paths);
+        let found = seen.found;
         if found.is_empty() && self.missing.is_empty() {
+            self.first = false;
+            self.mark_followed();
             self.swept_at = started;
             return 0;
         }
-        let held = self.known(|run| self.streams.contains_key(run));
-        let around = Surroundings { lost: &lost, held: &held, since: self.since(&lost), patient };
+        let lost = self.known(false);
+        let held = self.known(true);
+        let around = Surroundings {
+            lost: &lost,
+            held: &held,
+            since: self.since(&lost),
+            patient,
+            // A file that gets shorter while we look was truncated.
+            rebooted: self.first && self.context.state.rebooted(),
+        };
         let streams = match recognise(found, around) {
             Ok(decisions) => self.carry_out(decisions),
             Err(error) => {
@@ -211,6 +234,7 @@ impl Follower {
                 return 0;
             }
         };
+        self.first = false;
         self.report_missing();
         self.mark_followed();
         self.swept_at = started;
@@ -218,13 +242,7 @@ impl Follower {
     }
 
     /// One path that a pattern names.
-    fn visit(
-        &mut self,
-        number: usize,
-        path: PathBuf,
-        present: &mut HashMap<PathBuf, Inode>,
-        found: &mut Vec<Found>,
-    ) {
+    fn visit(&mut self, number: usize, path: PathBuf, seen: &mut Seen) {
         let follow = self.sources[number].follow_symlinks;
         let metadata = if follow { fs::metadata(&path) } else { fs::symlink_metadata(&path) };
         let metadata = match metadata {
@@ -239,8 +257,8 @@ impl Follower {
             return;
         }
         let (inode, stamp) = (Inode::of(&metadata), Stamp::of(&metadata));
-        present.insert(path.clone(), inode);
-        if let Some(held) = self.streams.values_mut().find(|held| held.inode == inode) {
+        seen.paths.insert(path.clone(), inode);
+        if let Some(held) = seen.held.get(&inode).and_then(|run| self.streams.get_mut(run)) {
             // Renamed within the pattern, or simply still there.
             held.path = path;
             return;
@@ -250,14 +268,14 @@ impl Follower {
                 .copies
                 .get(&inode)
                 .is_some_and(|(known, at)| *known == stamp && at.elapsed() < COPY_AGAIN_AFTER)
-            || found.iter().any(|found| found.tail.inode() == inode);
+            || !seen.inodes.insert(inode);
         if is_known {
             return;
         }
         match Tail::open(&path, follow) {
             Ok(tail) => {
                 self.complaints.remove(&path);
-                found.push(Found { tail, source: number, wanted: true });
+                seen.found.push(Found { tail, source: number, wanted: true });
             }
             Err(OpenError::Gone) => {}
             Err(error) => self.complain(&path, error.to_string(), true),
@@ -312,14 +330,13 @@ impl Follower {
         lost.iter().filter_map(opened).min().unwrap_or_else(SystemTime::now)
     }
 
-    /// What the state knows of the runs of file sources, by whether they run.
-    fn known(&self, wanted: impl Fn(&Uuid) -> bool) -> Vec<Known> {
+    /// What the state knows of the runs of file sources: of those whose bytes we hold, in an open
+    /// file or a copy, or of the others.
+    fn known(&self, held: bool) -> Vec<Known> {
         let mut runs: HashMap<Uuid, Known> = HashMap::new();
         for (entry, progress) in self.context.state.entries() {
-            if !matches!(entry.row.framing, Framing::Lines { .. })
-                || entry.kept_from.is_some()
-                || !wanted(&entry.run)
-            {
+            let is_held = entry.kept_from.is_some() || self.streams.contains_key(&entry.run);
+            if !matches!(entry.row.framing, Framing::Lines { .. }) || is_held != held {
                 continue;
             }
             let named = |source: &FileSource| source.attributes.source.name == entry.row.source;
@@ -462,6 +479,12 @@ impl Follower {
         let named: Vec<(Uuid, u64)> = runs.iter().map(|(run, (from, _))| (*run, *from)).collect();
         kept::sweep(self.context.state.dir(), &named);
         for (run, (from, source)) in runs {
+            if rows_of(&self.context, run)
+                .iter()
+                .all(|(entry, progress)| entry.row.end.is_some_and(|end| progress.position >= end))
+            {
+                continue;
+            }
             let of_source = |known: &&FileSource| known.attributes.source.name == source;
             let Some(source) = self.sources.iter().find(of_source) else { continue };
             let opened = Kept::open(self.context.state.dir(), run, from);

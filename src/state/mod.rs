@@ -101,6 +101,7 @@ struct Inner {
     /// When the last process saved its positions; before that, everything counts as unseen.
     previous_save: SystemTime,
     cloned: bool,
+    rebooted: bool,
 }
 
 impl State {
@@ -117,7 +118,10 @@ impl State {
         let lock = lock(dir)?;
         let (journal, replayed) =
             Journal::open(dir).map_err(failed("its row journal cannot be opened"))?;
-        let (saved_at, progress) = positions::load(dir);
+        let loaded = positions::load(dir);
+        let saved_at = UNIX_EPOCH + Duration::from_millis(loaded.saved_ms);
+        let rebooted = loaded.boot != positions::boot_id();
+        let progress = loaded.segments;
         let durable = progress.iter().map(|(id, progress)| (*id, progress.position)).collect();
         let mut inner = Inner {
             journal,
@@ -130,6 +134,7 @@ impl State {
             saved_at,
             previous_save: saved_at,
             cloned: false,
+            rebooted,
         };
         let known_machine = replayed.machine.as_deref();
         if known_machine != Some(machine) || replayed.instance.is_none() {
@@ -163,6 +168,12 @@ impl State {
     /// since the other machine may go on under the same rows.
     pub fn was_cloned(&self) -> bool {
         self.lock().cloned
+    }
+
+    /// Whether the machine was started anew since the previous process saved its positions: files
+    /// may have lost their last bytes.
+    pub fn rebooted(&self) -> bool {
+        self.lock().rebooted
     }
 
     /// When the previous process saved its positions for the last time; 1970 where none did.

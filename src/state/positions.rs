@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::Path;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 use tracing::warn;
@@ -93,20 +93,21 @@ pub(super) fn milliseconds(time: SystemTime) -> u64 {
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
-#[derive(Serialize, Deserialize)]
-struct Content {
-    saved_ms: u64,
-    segments: BTreeMap<SegmentId, Progress>,
+#[derive(Default, Serialize, Deserialize)]
+pub(super) struct Content {
+    pub saved_ms: u64,
+    /// The kernel's boot_id when they were saved (random(4)).
+    #[serde(default)]
+    pub boot: String,
+    pub segments: BTreeMap<SegmentId, Progress>,
 }
 
 /// Reads the positions; where the newest file is unreadable, those before it. No file at all means
 /// that everything still there is sent again (I5).
-pub(super) fn load(dir: &Path) -> (SystemTime, BTreeMap<SegmentId, Progress>) {
+pub(super) fn load(dir: &Path) -> Content {
     for name in [NAME, PREVIOUS] {
         match fs::read(dir.join(name)).map(|bytes| decode(&bytes)) {
-            Ok(Some(content)) => {
-                return (UNIX_EPOCH + Duration::from_millis(content.saved_ms), content.segments);
-            }
+            Ok(Some(content)) => return content,
             Ok(None) => warn!(
                 file = %dir.join(name).display(),
                 "unreadable positions: lines since the ones before are sent again"
@@ -115,7 +116,7 @@ pub(super) fn load(dir: &Path) -> (SystemTime, BTreeMap<SegmentId, Progress>) {
             Err(error) => warn!(file = %dir.join(name).display(), %error, "unreadable positions"),
         }
     }
-    (UNIX_EPOCH, BTreeMap::new())
+    Content::default()
 }
 
 /// Replaces the positions and keeps the ones before.
@@ -124,7 +125,8 @@ pub(super) fn save(
     now: SystemTime,
     segments: &BTreeMap<SegmentId, Progress>,
 ) -> io::Result<()> {
-    let content = Content { saved_ms: milliseconds(now), segments: segments.clone() };
+    let content =
+        Content { saved_ms: milliseconds(now), boot: boot_id(), segments: segments.clone() };
     let json = serde_json::to_vec(&content).expect("positions have string keys only");
     let mut bytes = format!("{:08x} ", crc32c::crc32c(&json)).into_bytes();
     bytes.extend_from_slice(&json);
@@ -132,6 +134,12 @@ pub(super) fn save(
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => replace_file(dir, NAME, &bytes),
     }
+}
+
+/// Identity of this boot of the machine; empty where the kernel does not tell.
+pub(super) fn boot_id() -> String {
+    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    id.trim().to_owned()
 }
 
 fn decode(bytes: &[u8]) -> Option<Content> {

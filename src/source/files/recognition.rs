@@ -95,12 +95,15 @@ pub struct Surroundings<'a> {
     pub since: SystemTime,
     /// Whether a copy may be given time to become whole.
     pub patient: bool,
+    /// Whether the machine went down since positions were saved: only then can a file have lost
+    /// its tail. Otherwise one that is too short was truncated, whatever it holds now.
+    pub rebooted: bool,
 }
 
 /// Decides over all files found, and over the rotated siblings that this brings into play.
 pub fn recognise(mut found: Vec<Found>, around: Surroundings<'_>) -> io::Result<Vec<Decision>> {
     add_siblings(&mut found, around)?;
-    let assigned = assign(&mut found, around.lost);
+    let assigned = assign(&mut found, around);
     let mut decisions = Vec::new();
     let mut new = Vec::new();
     for (mut found, assigned) in found.into_iter().zip(assigned) {
@@ -140,7 +143,8 @@ struct Fit {
 }
 
 /// Pairs files with lost runs: whole matches first, then the run's own inode, then the oldest run.
-fn assign(found: &mut [Found], lost: &[Known]) -> Vec<Assigned> {
+fn assign(found: &mut [Found], around: Surroundings<'_>) -> Vec<Assigned> {
+    let lost = around.lost;
     let mut fits = Vec::new();
     for (file, found) in found.iter_mut().enumerate() {
         for (run, known) in lost.iter().enumerate() {
@@ -150,7 +154,7 @@ fn assign(found: &mut [Found], lost: &[Known]) -> Vec<Assigned> {
                 Ok(Match::Whole) => fits.push(fit(true, None)),
                 // Lost in a power cut, which leaves the file where it was. A short copy elsewhere
                 // is no continuation.
-                Ok(Match::Until(offset)) if known.is_at(&found.tail) => {
+                Ok(Match::Until(offset)) if around.rebooted && known.is_at(&found.tail) => {
                     fits.push(fit(false, Some(offset)));
                 }
                 Ok(_) => {}

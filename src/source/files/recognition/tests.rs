@@ -49,8 +49,18 @@ impl Folder {
     }
 
     fn decide(&self, names: &[&str], lost: &[Known], held: &[Known]) -> Vec<String> {
+        self.decide_after(names, lost, held, true)
+    }
+
+    fn decide_after(
+        &self,
+        names: &[&str],
+        lost: &[Known],
+        held: &[Known],
+        rebooted: bool,
+    ) -> Vec<String> {
         let since = SystemTime::UNIX_EPOCH;
-        let around = Surroundings { lost, held, since, patient: false };
+        let around = Surroundings { lost, held, since, patient: false, rebooted };
         let name = |found: &Found| {
             found.tail.path().file_name().expect("a name").to_string_lossy().into_owned()
         };
@@ -146,7 +156,7 @@ fn siblings_from_before_our_time_stay_alone() {
     folder.rename("a.log", "a.log.2");
     folder.write("a.log", b"new\n");
     let since = SystemTime::now() + Duration::from_secs(3600);
-    let around = Surroundings { lost: &lost, held: &[], since, patient: false };
+    let around = Surroundings { lost: &lost, held: &[], since, patient: false, rebooted: false };
     let decisions = recognise(folder.found(&["a.log"]), around).expect("readable");
     assert!(decisions.iter().any(|decision| matches!(decision, Decision::Foreign)));
     assert!(
@@ -175,6 +185,17 @@ fn a_tail_lost_in_a_power_cut_ends_the_row_at_a_fingerprint() {
     let lost = [folder.known("a.log", &old, 2000)];
     folder.write("a.log", &old[..1500]);
     assert_eq!(folder.decide(&["a.log"], &lost, &[]), ["a.log continues 0 until 1000"]);
+}
+
+#[test]
+fn a_shorter_file_with_the_same_beginning_was_truncated_unless_the_machine_went_down() {
+    let folder = Folder::new();
+    let old = lines("line", 500);
+    folder.write("a.log", &old);
+    let lost = [folder.known("a.log", &old, 2000)];
+    // The next generation begins with the very same lines.
+    folder.write("a.log", &old[..1500]);
+    assert_eq!(folder.decide_after(&["a.log"], &lost, &[], false), ["a.log is new"]);
 }
 
 #[test]
