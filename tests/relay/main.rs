@@ -4,7 +4,13 @@ mod support;
 
 mod certificates;
 mod configuration;
+mod demo;
+mod disk;
 mod elasticsearch;
 mod files;
+mod parsing;
+mod refusals;
 mod servers_smoke;
 mod tokens;
+mod versions;
+mod wire;
