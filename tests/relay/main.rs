@@ -3,4 +3,6 @@
 mod support;
 
 mod files;
+mod protocol_doc;
+mod readme;
 mod servers_smoke;
