@@ -25,6 +25,7 @@ const BODY_BYTES: usize = 5 << 20;
 pub async fn run(url: &str, index: &str, file: &Path) -> anyhow::Result<()> {
     let (bodies, taken) = mpsc::channel(1);
     let taken = Arc::new(Mutex::new(taken));
+    waybill::tls::install_provider();
     let client = reqwest::Client::builder().http1_only().build()?;
     let loaders: Vec<_> = (0..CONNECTIONS)
         .map(|_| tokio::spawn(load(client.clone(), url.to_owned(), Arc::clone(&taken))))

@@ -3,8 +3,9 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{BufRead as _, BufReader};
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
@@ -92,10 +93,10 @@ impl Process {
 
     /// Waits for its end, which must be a success.
     pub fn wait(mut self) -> anyhow::Result<Usage> {
-        let (code, usage) = self.reap()?;
-        if code != 0 {
+        let (status, usage) = self.reap()?;
+        if !status.success() {
             let log = std::fs::read_to_string(&self.log).unwrap_or_default();
-            bail!("{} ended with status {code}:\n{log}", self.name);
+            bail!("{}: {status}:\n{log}", self.name);
         }
         Ok(usage)
     }
@@ -122,7 +123,7 @@ impl Process {
         }
     }
 
-    fn reap(&mut self) -> anyhow::Result<(i32, Usage)> {
+    fn reap(&mut self) -> anyhow::Result<(ExitStatus, Usage)> {
         let id = self.child.as_ref().context("reaped once")?.id() as libc::pid_t;
         let (mut status, mut usage) = (0, std::mem::MaybeUninit::<libc::rusage>::zeroed());
         // SAFETY: both pointers are to live values of the types that wait4 fills.
@@ -135,7 +136,7 @@ impl Process {
         let cpu = seconds(usage.ru_utime) + seconds(usage.ru_stime);
         // Linux counts in KiB.
         let peak = usage.ru_maxrss as f64 * 1024.0 / 1e6;
-        Ok((status, Usage { cpu, peak }))
+        Ok((ExitStatus::from_raw(status), Usage { cpu, peak }))
     }
 }
 
