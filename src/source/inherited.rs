@@ -4,7 +4,6 @@
 //! kernel's queue for the next start. It is found by the path at which it is bound. Its options,
 //! its file and its other holders are not ours: nothing here may shut it down or unlink it.
 
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -22,27 +21,31 @@ const COUNT_MAX: u32 = 256;
 /// What was passed to this process and is not taken yet.
 static PASSED: LazyLock<Mutex<Vec<OwnedFd>>> = LazyLock::new(|| Mutex::new(passed()));
 
+/// What was passed for a path.
+#[derive(Debug)]
+pub(super) enum Passed {
+    /// Nothing.
+    No,
+    /// A socket of the type that is wanted.
+    Socket(OwnedFd),
+    /// A socket of another type.
+    OtherType,
+}
+
 /// Takes the Unix socket that is bound at `path`, if one was passed to this process.
-///
-/// # Errors
-///
-/// Where the socket there is of another type than `wanted`.
-pub(super) fn take(path: &Path, wanted: SocketType) -> io::Result<Option<OwnedFd>> {
+pub(super) fn take(path: &Path, wanted: SocketType) -> Passed {
     let mut passed = PASSED.lock().unwrap_or_else(PoisonError::into_inner);
     find(&mut passed, path, wanted)
 }
 
-fn find(passed: &mut Vec<OwnedFd>, path: &Path, wanted: SocketType) -> io::Result<Option<OwnedFd>> {
-    let Some(at) = passed.iter().position(|fd| is_bound_at(fd.as_fd(), path)) else {
-        return Ok(None);
-    };
-    if sockopt::socket_type(&passed[at])? != wanted {
-        return Err(io::Error::other(
-            "the service manager passed a socket of another type: a datagram source needs \
-             ListenDatagram=, a stream source ListenStream=",
-        ));
+fn find(passed: &mut Vec<OwnedFd>, path: &Path, wanted: SocketType) -> Passed {
+    match passed.iter().position(|fd| is_bound_at(fd.as_fd(), path)) {
+        None => Passed::No,
+        Some(at) if sockopt::socket_type(&passed[at]) == Ok(wanted) => {
+            Passed::Socket(passed.swap_remove(at))
+        }
+        Some(_) => Passed::OtherType,
     }
-    Ok(Some(passed.swap_remove(at)))
 }
 
 fn is_bound_at(fd: BorrowedFd<'_>, path: &Path) -> bool {
@@ -96,13 +99,12 @@ mod tests {
             OwnedFd::from(UnixDatagram::unbound().expect("socket")),
             OwnedFd::from(std::fs::File::open("/dev/null").expect("file")),
         ];
-        let none = find(&mut passed, &dir.path().join("other"), SocketType::DGRAM);
-        assert!(none.expect("no error").is_none());
-        let error = find(&mut passed, &stream, SocketType::DGRAM).expect_err("another type");
-        assert!(error.to_string().contains("ListenDatagram="), "{error}");
-        assert!(find(&mut passed, &stream, SocketType::STREAM).expect("found").is_some());
-        assert!(find(&mut passed, &datagram, SocketType::DGRAM).expect("found").is_some());
-        assert!(find(&mut passed, &datagram, SocketType::DGRAM).expect("no error").is_none());
+        let mut find = |path: &Path, wanted| find(&mut passed, path, wanted);
+        assert!(matches!(find(&dir.path().join("other"), SocketType::DGRAM), Passed::No));
+        assert!(matches!(find(&stream, SocketType::DGRAM), Passed::OtherType));
+        assert!(matches!(find(&stream, SocketType::STREAM), Passed::Socket(_)));
+        assert!(matches!(find(&datagram, SocketType::DGRAM), Passed::Socket(_)));
+        assert!(matches!(find(&datagram, SocketType::DGRAM), Passed::No));
         assert_eq!(passed.len(), 2);
     }
 }

@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use rustix::net::SocketType;
 use tokio_util::sync::CancellationToken;
 
-use super::inherited;
+use super::inherited::{self, Passed};
 use crate::record::{RECORD_BYTES_MAX, escape_path};
 use crate::spool::{Spool, SpoolError};
 
@@ -48,6 +48,15 @@ pub enum BindError {
         "{path}: longer than the {PATH_BYTES_MAX} bytes that a socket's path may have: name a shorter one"
     )]
     TooLong {
+        /// The socket's path.
+        path: String,
+    },
+    /// A service manager bound it, and not as we need it.
+    #[error(
+        "{path}: the service manager passed a socket of another type: its unit needs \
+         ListenDatagram= for a datagram source, ListenStream= for a stream source"
+    )]
+    PassedType {
         /// The socket's path.
         path: String,
     },
@@ -102,11 +111,14 @@ impl SocketFile {
         bind: impl FnOnce(&Path) -> io::Result<S>,
     ) -> Result<(S, SocketFile), BindError> {
         let failed = |source| BindError::io(path, source);
-        if let Some(passed) = inherited::take(path, kind).map_err(failed)? {
-            tracing::info!(socket = %escape_path(path), "taken from the service manager");
-            return Ok((S::from(passed), SocketFile { path: path.to_owned(), identity: None }));
+        match inherited::take(path, kind) {
+            Passed::Socket(passed) => {
+                tracing::info!(socket = %escape_path(path), "taken from the service manager");
+                return Ok((S::from(passed), SocketFile { path: path.to_owned(), identity: None }));
+            }
+            Passed::OtherType => return Err(BindError::PassedType { path: escape_path(path) }),
+            Passed::No => clear(path)?,
         }
-        clear(path)?;
         let socket = bind(path).map_err(|source| match source.kind() {
             io::ErrorKind::AddrInUse => BindError::InUse { path: escape_path(path) },
             _ => failed(source),

@@ -98,6 +98,7 @@ impl SupervisorSource {
             intake,
             runtime: Handle::current(),
             gaps: Throttle::default(),
+            lost: 0,
             trouble: Throttle::default(),
         };
         let (done, ended) = oneshot::channel();
@@ -145,6 +146,8 @@ struct Listener {
     intake: Intake,
     runtime: Handle,
     gaps: Throttle,
+    /// Events that supervisor dropped, as far as we saw.
+    lost: u64,
     trouble: Throttle,
 }
 
@@ -227,21 +230,20 @@ impl Listener {
     }
 
     /// Whether events were lost between two; they are counted and told.
-    fn gap(&self, before: &Entry, event: &Event) -> bool {
+    fn gap(&mut self, before: &Entry, event: &Event) -> bool {
         if before.run != self.source.run {
             // What the former supervisord held when it ended is gone with it.
             return true;
         }
         // A pool that was made anew counts from 0 again.
         let lost = event.pool_serial.saturating_sub(before.pool_serial + 1);
-        if lost > 0
-            && let Some(times) = self.gaps.count()
-        {
+        self.lost += lost;
+        if lost > 0 && self.gaps.count().is_some() {
             tracing::error!(
                 events = lost,
                 after = before.serial,
                 before = event.serial,
-                times,
+                total = self.lost,
                 "supervisor dropped events, and with them programs' output: raise buffer_size in \
                  the [eventlistener] section",
             );
