@@ -181,11 +181,15 @@ fn activated(bench: &Bench, url: &str, socket: &UnixDatagram) -> Process {
     command.arg(inner.get_program()).args(inner.get_args());
     command.current_dir(inner.get_current_dir().expect("a folder"));
     let fd = socket.as_raw_fd();
-    // SAFETY: between fork and exec only dup2 is called, which is async-signal-safe.
+    // SAFETY: between fork and exec only dup2 and fcntl are called, which are
+    // async-signal-safe.
     unsafe {
         command.pre_exec(move || {
-            // The copy has no close-on-exec flag.
-            if libc::dup2(fd, 3) < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+            // A copy has no close-on-exec flag; where it is number 3 already, it has.
+            if libc::dup2(fd, 3) < 0 || libc::fcntl(3, libc::F_SETFD, 0) < 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+            Ok(())
         });
     }
     Process::start("activated sender", command, bench.path("activated.log"))
