@@ -442,6 +442,7 @@ impl Stream {
             from: segment.window.frontier(),
             to: row.end,
             want: segment.want.min(FRAME_BYTES_MAX),
+            frontier: segment.window.frontier(),
             before: segment.before.clone(),
             expect: None,
             framing: row.framing,
@@ -456,7 +457,6 @@ impl Stream {
                 request.want = (to - from) as usize;
                 request.expect = fingerprint;
                 request.resend = true;
-                request.before = Vec::new();
             }
             _ => {
                 let cut = row.cuts.iter().copied().find(|cut| *cut > request.from);
