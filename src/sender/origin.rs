@@ -165,8 +165,8 @@ impl Origin {
         let read = match self {
             Origin::File(file) => file.tail.read_at(start, &mut before)?,
             Origin::Kept(kept) if start >= kept.from => kept.read_at(start, &mut before)?,
-            // Spool records carry checksums of their own; a copy starts where it starts.
-            Origin::Kept(_) | Origin::Spool { .. } => before.len(),
+            // Spool records carry checksums of their own; a copy begins before the position.
+            Origin::Kept(_) | Origin::Spool { .. } => 0,
         };
         before.truncate(read);
         Ok(before)

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::Path;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 use tracing::warn;
@@ -95,18 +95,15 @@ pub(super) fn milliseconds(time: SystemTime) -> u64 {
 
 #[derive(Serialize, Deserialize)]
 struct Content {
-    saved_ms: u64,
     segments: BTreeMap<SegmentId, Progress>,
 }
 
 /// Reads the positions; where the newest file is unreadable, those before it. No file at all means
 /// that everything still there is sent again (I5).
-pub(super) fn load(dir: &Path) -> (SystemTime, BTreeMap<SegmentId, Progress>) {
+pub(super) fn load(dir: &Path) -> BTreeMap<SegmentId, Progress> {
     for name in [NAME, PREVIOUS] {
         match fs::read(dir.join(name)).map(|bytes| decode(&bytes)) {
-            Ok(Some(content)) => {
-                return (UNIX_EPOCH + Duration::from_millis(content.saved_ms), content.segments);
-            }
+            Ok(Some(content)) => return content.segments,
             Ok(None) => warn!(
                 file = %dir.join(name).display(),
                 "unreadable positions: lines since the ones before are sent again"
@@ -115,16 +112,12 @@ pub(super) fn load(dir: &Path) -> (SystemTime, BTreeMap<SegmentId, Progress>) {
             Err(error) => warn!(file = %dir.join(name).display(), %error, "unreadable positions"),
         }
     }
-    (UNIX_EPOCH, BTreeMap::new())
+    BTreeMap::new()
 }
 
 /// Replaces the positions and keeps the ones before.
-pub(super) fn save(
-    dir: &Path,
-    now: SystemTime,
-    segments: &BTreeMap<SegmentId, Progress>,
-) -> io::Result<()> {
-    let content = Content { saved_ms: milliseconds(now), segments: segments.clone() };
+pub(super) fn save(dir: &Path, segments: &BTreeMap<SegmentId, Progress>) -> io::Result<()> {
+    let content = Content { segments: segments.clone() };
     let json = serde_json::to_vec(&content).expect("positions have string keys only");
     let mut bytes = format!("{:08x} ", crc32c::crc32c(&json)).into_bytes();
     bytes.extend_from_slice(&json);
