@@ -189,6 +189,10 @@ impl Stream {
             }
             segments.push_back(Segment::new(entry, progress, &mut origin)?);
         }
+        let size_seen = match &origin {
+            Origin::File(file) if !file.tail.is_compressed() => Some(file.tail.size()?),
+            _ => None,
+        };
         let mut stream = Stream {
             context,
             attributes,
@@ -199,7 +203,7 @@ impl Stream {
             flags: Arc::default(),
             kept,
             ready: true,
-            size_seen: None,
+            size_seen,
             changed_at: Instant::now(),
             retry_at: None,
             failed: false,
