@@ -4,7 +4,8 @@
 //! would do the same for less, and stop logrotate and gzip.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 
@@ -24,7 +25,8 @@ pub struct Kept {
 }
 
 impl Kept {
-    /// Starts a copy of a run whose receipted prefix ends at `from`.
+    /// Starts a copy of a run from this offset on: a little before its position, so that the bytes
+    /// before that are known.
     pub fn create(context: &Context, run: Uuid, from: u64) -> io::Result<Kept> {
         let folder = folder(context.state.dir());
         fs::create_dir_all(&folder)?;
@@ -37,7 +39,7 @@ impl Kept {
     /// The copy that a former process made.
     pub fn open(dir: &Path, run: Uuid, from: u64) -> io::Result<(Kept, KeptOrigin)> {
         let path = path(dir, run, from);
-        let file = File::options().read(true).append(true).open(&path)?;
+        let file = File::options().read(true).write(true).open(&path)?;
         let until = from + file.metadata()?.len();
         let origin = KeptOrigin { file: File::open(&path)?, from };
         Ok((Kept { file, path, from, until }, origin))
@@ -69,7 +71,8 @@ impl Kept {
             if read == 0 {
                 break;
             }
-            self.file.write_all(&buffer[..read])?;
+            // At its offset: an attempt that failed in the middle leaves nothing behind.
+            self.file.write_all_at(&buffer[..read], self.until - self.from)?;
             self.until += read as u64;
             context.kept_bytes.fetch_add(read as u64, Ordering::Relaxed);
         }

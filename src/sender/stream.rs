@@ -18,13 +18,13 @@ use super::kept::Kept;
 use super::link::{Letter, Link, Mailbox};
 use super::origin::{FileOrigin, Framed, Origin, Read, Request};
 use super::receipts::Line;
-use super::rows::{Attributes, Opening, complete, renew, suits};
+use super::rows::{Attributes, Opening, complete, suits};
 use super::window::{Finished, Next, Window};
 use crate::protocol::{
     Control, FRAME_BYTES_MAX, FRAME_BYTES_TARGET, Open, Receipt, Refused, Verdict,
 };
 use crate::record::{Framing, SegmentId, escape_path};
-use crate::source::files::fingerprint::prefix;
+use crate::source::files::fingerprint::{FINGERPRINT_BYTES, prefix};
 use crate::source::files::tail::Tail;
 use crate::state::{Entry, Place, Progress};
 use crate::transport::Outgoing;
@@ -61,7 +61,7 @@ pub struct Flags {
 pub enum End {
     /// Everything is receipted and nothing more is expected for now. The file is closed.
     Rests,
-    /// The file is gone and everything receipted: the rows are forgotten.
+    /// The file or spool segment is gone and everything receipted.
     Done,
     /// The file is no longer what it was.
     Lost,
@@ -175,11 +175,6 @@ impl Stream {
                 entry.row.end = Some(entry.row.end.map_or(end, |known| known.min(end)));
                 changed.push(entry.clone());
             }
-            if context.state.was_cloned() {
-                dropped.push(entry.row.segment);
-                entry = renew(&entry, progress.position);
-                changed.push(entry.clone());
-            }
             if let Origin::File(file) = &origin {
                 progress.place = place(&file.tail);
             }
@@ -195,6 +190,10 @@ impl Stream {
             }
             segments.push_back(Segment::new(entry, progress, &mut origin)?);
         }
+        let size_seen = match &origin {
+            Origin::File(file) if !file.tail.is_compressed() => Some(file.tail.size()?),
+            _ => None,
+        };
         let mut stream = Stream {
             context,
             attributes,
@@ -205,7 +204,7 @@ impl Stream {
             flags: Arc::default(),
             kept,
             ready: true,
-            size_seen: None,
+            size_seen,
             changed_at: Instant::now(),
             retry_at: None,
             failed: false,
@@ -307,10 +306,25 @@ impl Stream {
         }
     }
 
-    /// Everything of this run is receipted and its bytes are gone: so are its rows.
+    /// Everything of this run is receipted and its bytes are gone. Of a spool, so are its rows;
+    /// those of a file stay, since the same bytes may turn up again, compressed by a rotation.
     async fn forget(&mut self) {
-        let ids = self.segments.iter().map(Segment::id).collect();
-        if let Err(error) = self.commit(Vec::new(), ids).await {
+        let is_spool = matches!(self.origin.as_deref(), Some(Origin::Spool { .. }));
+        let (mut freed, mut ids) = (Vec::new(), Vec::new());
+        for segment in &self.segments {
+            match is_spool {
+                true => ids.push(segment.id()),
+                false if segment.entry.kept_from.is_some() => freed.push(Entry {
+                    kept_from: None,
+                    kept_short_of: None,
+                    ..segment.entry.clone()
+                }),
+                false => {}
+            }
+        }
+        if !(freed.is_empty() && ids.is_empty())
+            && let Err(error) = self.commit(freed, ids).await
+        {
             warn!(%error, "the state directory cannot be written: finished rows stay for now");
             return;
         }
@@ -450,6 +464,7 @@ impl Stream {
             from: segment.window.frontier(),
             to: row.end,
             want: segment.want.min(FRAME_BYTES_MAX),
+            frontier: segment.window.frontier(),
             before: segment.before.clone(),
             expect: None,
             framing: row.framing,
@@ -464,7 +479,6 @@ impl Stream {
                 request.want = (to - from) as usize;
                 request.expect = fingerprint;
                 request.resend = true;
-                request.before = Vec::new();
             }
             _ => {
                 let cut = row.cuts.iter().copied().find(|cut| *cut > request.from);
@@ -478,6 +492,11 @@ impl Stream {
         };
         match self.read(request.clone()).await {
             Ok(Read::Framed(framed)) => {
+                if let Err(error) = self.learn_first_bytes(number).await {
+                    warn!(%error, "the state directory cannot be written: nothing is sent before it can");
+                    self.retry_at = Some(Instant::now() + DISK_RETRY);
+                    return Step::Goes;
+                }
                 match credit.split(framed.records.len()) {
                     Some(used) => used.forget(),
                     None => credit.forget(),
@@ -496,6 +515,10 @@ impl Stream {
                 warn!(%path, %error, "cannot be read: it is tried again");
                 self.failed = true;
                 self.retry_at = Some(Instant::now() + DISK_RETRY);
+                if self.context.config.once {
+                    // What was read of it is still receipted; a script must not wait for a person.
+                    self.ready = false;
+                }
                 Step::Goes
             }
         }
@@ -541,6 +564,23 @@ impl Stream {
         let (origin, read) = read.await.map_err(io::Error::other)?;
         self.origin = Some(origin);
         read
+    }
+
+    /// A file that was empty when its row opened can be recognised by its inode alone, which a
+    /// rotation that compresses does not keep: its first bytes are durable before they are sent.
+    async fn learn_first_bytes(&mut self, number: usize) -> io::Result<()> {
+        let Some(Origin::File(file)) = self.origin.as_deref() else { return Ok(()) };
+        let segment = &self.segments[number];
+        if segment.entry.row.first_bytes.length > 0 {
+            return Ok(());
+        }
+        let mut entry = segment.entry.clone();
+        entry.row.first_bytes = prefix(file.first());
+        self.commit(vec![entry.clone()], Vec::new()).await?;
+        let segment = &mut self.segments[number];
+        segment.progress.prefix = entry.row.first_bytes.clone();
+        segment.entry = entry;
+        Ok(())
     }
 
     /// Books a frame as on its way.
@@ -724,11 +764,15 @@ impl Stream {
             _ => None,
         };
         for segment in &mut self.segments {
-            let Some(anchor) = segment.window.take_anchor() else { continue };
-            segment.progress.advance(anchor);
-            if let Some(first) =
-                first.as_ref().filter(|f| f.length > segment.progress.prefix.length)
-            {
+            let anchor = segment.window.take_anchor();
+            let longer = first.as_ref().filter(|f| f.length > segment.progress.prefix.length);
+            if anchor.is_none() && longer.is_none() {
+                continue;
+            }
+            if let Some(anchor) = anchor {
+                segment.progress.advance(anchor);
+            }
+            if let Some(first) = longer {
                 segment.progress.prefix = first.clone();
             }
             segment.progress.seen_ms = super::origin::now_ms();
@@ -790,30 +834,50 @@ impl Stream {
             return Ok(());
         }
         if self.kept.is_none() {
-            self.kept = Some(Kept::create(&self.context, self.run, position)?);
+            // With the bytes that recognise the position.
+            let from = position.saturating_sub(FINGERPRINT_BYTES as u64);
+            self.kept = Some(Kept::create(&self.context, self.run, from)?);
         }
         let Some(kept) = &mut self.kept else { return Ok(()) };
         let complete = kept.copy(&self.context, &mut file.tail, size)?;
-        let from = kept.from();
-        let unmarked: Vec<Entry> = self
+        let (from, until) = (kept.from(), kept.until());
+        let short_of = (!complete).then_some(size);
+        let marked: Vec<Entry> = self
             .segments
-            .iter_mut()
-            .filter(|segment| segment.entry.kept_from.is_none())
-            .map(|segment| {
-                segment.entry.kept_from = Some(from);
-                segment.entry.clone()
+            .iter()
+            .map(|segment| Entry {
+                kept_from: Some(from),
+                kept_short_of: short_of,
+                ..segment.entry.clone()
             })
             .collect();
-        if !unmarked.is_empty() {
-            self.context.state.commit(&unmarked.iter().collect::<Vec<_>>(), &[])?;
-            let path = &unmarked[0].row.path;
-            info!(%path, from, to = size, "deleted before it was receipted: a copy is kept");
-            if !complete {
-                warn!(%path, "the budget for copies is full: the rest is lost if this process ends \
-                    before it is receipted; raise --kept-bytes-max");
-            }
+        if self.segments.iter().zip(&marked).all(|(segment, marked)| segment.entry == *marked) {
+            return Ok(());
+        }
+        self.context.state.commit(&marked.iter().collect::<Vec<_>>(), &[])?;
+        let path = &marked[0].row.path;
+        if self.segments.iter().all(|segment| segment.entry.kept_from.is_none()) {
+            info!(%path, position, size, "deleted before it was receipted: a copy is kept");
+        }
+        if !complete {
+            warn!(%path, from = until, to = size, "the budget for copies is full: these bytes are \
+                lost if this process ends before they are receipted; raise --kept-bytes-max");
+        }
+        for (segment, marked) in self.segments.iter_mut().zip(marked) {
+            segment.entry = marked;
         }
         Ok(())
+    }
+
+    /// What the copy of a deleted file lacks is lost: the process that could read it ended (I9).
+    pub fn report_short_copy(&self) {
+        let Some(until) = self.kept.as_ref().map(Kept::until) else { return };
+        let short_of = self.segments.iter().filter_map(|s| s.entry.kept_short_of).max();
+        let position = self.segments.front().map_or(0, |segment| segment.window.position());
+        let from = until.max(position);
+        if let Some(to) = short_of.filter(|to| *to > from) {
+            self.report_loss(0, from, to, "the budget for copies of deleted files was full");
+        }
     }
 
     /// Where the newest row no longer says what a new one would say, it ends at the last record
@@ -930,7 +994,7 @@ impl Stream {
                 warn!(path = %entry.row.path, "the token is another sender's: what was sent under \
                     the old one and has no receipt is sent anew");
                 dropped.push(segment.id());
-                entry = renew(&entry, segment.window.position());
+                entry = entry.renewed(segment.window.position());
             }
             complete(&mut entry, welcome);
             if entry != segment.entry {

@@ -2,5 +2,9 @@
 
 mod support;
 
+mod crash;
 mod files;
+mod rotation;
 mod servers_smoke;
+mod sockets;
+mod state;
