@@ -6,8 +6,8 @@ use std::os::unix::fs::symlink;
 
 use serde_json::{Value, json};
 
-use super::support::servers::Elasticsearch;
-use super::support::waybill::{Bench, lines, numbered};
+use super::support::servers::{Elasticsearch, wait_until};
+use super::support::waybill::{Bench, PATIENCE, lines, numbered};
 
 #[test]
 fn a_file_is_sent_once_and_a_second_run_sends_nothing() {
@@ -99,10 +99,20 @@ fn start_end_is_spent_at_a_first_run_that_finds_no_file() {
     let bench = Bench::new();
     let receiver = bench.receiver();
     fs::create_dir(bench.path("logs")).expect("a folder");
-    bench.send_once(&receiver, &["logs/*.log", "--start", "end"]).ok();
+    let arguments = ["logs/*.log", "--start", "end"];
+    // It swept before it connected.
+    let mut sender = bench.sender(&receiver, &arguments);
+    sender.wait_for_log("connected");
+    assert!(sender.stop().success());
     bench.write("logs/a.log", "first\n");
-    bench.send_once(&receiver, &["logs/*.log", "--start", "end"]).ok();
-    bench.assert_lines(["first".to_owned()]);
+    let mut sender = bench.sender(&receiver, &arguments);
+    sender.wait_for_log("following");
+    bench.append("logs/a.log", "second\n");
+    wait_until("the second line is stored", PATIENCE, || {
+        bench.messages().contains(&"second".to_owned())
+    });
+    assert!(sender.stop().success());
+    bench.assert_lines(["first", "second"].map(String::from));
 }
 
 #[test]
