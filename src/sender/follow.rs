@@ -506,7 +506,7 @@ impl Follower {
             let Some(source) = self.sources.iter().find(of_source) else { continue };
             let opened = Kept::open(self.context.state.dir(), run, from);
             let started = opened.and_then(|(kept, origin)| {
-                let size = kept.until() - kept.from();
+                let size = kept.length();
                 self.context.kept_bytes.fetch_add(size, Ordering::Relaxed);
                 self.context.totals.total_bytes.fetch_add(size, Ordering::Relaxed);
                 Stream::attach(Parts {

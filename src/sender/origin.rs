@@ -297,7 +297,7 @@ fn ends_with(before: &[u8], records: &[u8]) -> Vec<u8> {
 
 /// In spools and kept copies fewer bytes than 64 may be known before an offset; their content is
 /// not recognised by fingerprints.
-fn fingerprint_or_short(offset: u64, before: &[u8]) -> Fingerprint {
+pub fn fingerprint_or_short(offset: u64, before: &[u8]) -> Fingerprint {
     if before.len() as u64 >= offset.min(FINGERPRINT_BYTES as u64) {
         fingerprint(offset, before)
     } else {

@@ -16,7 +16,7 @@ use uuid::Uuid;
 use super::Context;
 use super::kept::Kept;
 use super::link::{Letter, Link, Mailbox};
-use super::origin::{FileOrigin, Framed, Origin, Read, Request};
+use super::origin::{FileOrigin, Framed, Origin, Read, Request, fingerprint_or_short};
 use super::receipts::Line;
 use super::rows::{Attributes, Opening, complete, suits};
 use super::window::{Finished, Next, Window};
@@ -24,9 +24,9 @@ use crate::protocol::{
     Control, FRAME_BYTES_MAX, FRAME_BYTES_TARGET, Open, Receipt, Refused, Verdict,
 };
 use crate::record::{Framing, SegmentId, escape_path};
-use crate::source::files::fingerprint::{FINGERPRINT_BYTES, prefix};
+use crate::source::files::fingerprint::{fingerprint, prefix};
 use crate::source::files::tail::Tail;
-use crate::state::{Entry, Place, Progress};
+use crate::state::{Entry, Fingerprint, Place, Progress};
 use crate::transport::Outgoing;
 
 /// A file that was renamed and succeeded, and has not changed for so long, is finished: its last
@@ -177,6 +177,13 @@ impl Stream {
             }
             if let Origin::File(file) = &origin {
                 progress.place = place(&file.tail);
+            }
+            if let (Origin::Kept(_), Some(kept)) = (&origin, entry.kept_from) {
+                // The copy lacks what was receipted when it was made, whatever was saved since.
+                let at = kept.min(entry.row.end.unwrap_or(kept));
+                if at > progress.position {
+                    progress.advance(fingerprint_at(&mut origin, at)?);
+                }
             }
             if entry.row.end.is_some_and(|end| progress.position >= end) {
                 dropped.push(entry.row.segment);
@@ -834,13 +841,11 @@ impl Stream {
             return Ok(());
         }
         if self.kept.is_none() {
-            // With the bytes that recognise the position.
-            let from = position.saturating_sub(FINGERPRINT_BYTES as u64);
-            self.kept = Some(Kept::create(&self.context, self.run, from)?);
+            self.kept = Some(Kept::create(&self.context, self.run, position)?);
         }
         let Some(kept) = &mut self.kept else { return Ok(()) };
         let complete = kept.copy(&self.context, &mut file.tail, size)?;
-        let (from, until) = (kept.from(), kept.until());
+        let (from, until) = (kept.position(), kept.until());
         let short_of = (!complete).then_some(size);
         let marked: Vec<Entry> = self
             .segments
@@ -969,8 +974,7 @@ impl Stream {
         let mut progress = Progress::at_start(&entry.row);
         let segment_before = origin.before(start)?;
         if start > 0 && matches!(origin, Origin::File(_)) {
-            let mark = crate::source::files::fingerprint::fingerprint(start, &segment_before);
-            progress.advance(mark);
+            progress.advance(fingerprint(start, &segment_before));
         }
         let mut segment = Segment::new(entry.clone(), progress, origin)?;
         segment.before = segment_before;
@@ -1103,6 +1107,12 @@ impl Stream {
             None => None,
         }
     }
+}
+
+/// What recognises an offset of a copy; where the copy lacks its bytes, nothing does.
+fn fingerprint_at(origin: &mut Origin, offset: u64) -> io::Result<Fingerprint> {
+    let before = origin.before(offset)?;
+    Ok(fingerprint_or_short(offset, &before))
 }
 
 enum Work {

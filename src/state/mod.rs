@@ -41,7 +41,8 @@ pub struct Entry {
     /// The destination at the first `welcome`, where it has an identity.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub destination: Option<Uuid>,
-    /// The file was deleted: bytes from this offset on lie in the state directory.
+    /// The file was deleted when its receipted prefix ended here: what follows lies in the state
+    /// directory. Saved positions may be older, since they are saved later.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kept_from: Option<u64>,
     /// How far the deleted file went when the budget for copies was full: what the copy lacks up to

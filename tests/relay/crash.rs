@@ -1,9 +1,24 @@
 //! Crashes: SIGKILL at any instant, of any process, and no line is lost or doubled.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::support::servers::{Elasticsearch, wait_until};
 use super::support::waybill::{Bench, PATIENCE, Random, lines, numbered};
+
+/// Bytes that wait to be read by whoever listens on this port, as proc_net_tcp says.
+fn unread(port: u16) -> u64 {
+    let table = std::fs::read_to_string("/proc/net/tcp").expect("Linux");
+    let hexadecimal = |text: &str| u64::from_str_radix(text, 16).unwrap_or_default();
+    let waiting = table.lines().skip(1).filter_map(|line| {
+        let mut fields = line.split_whitespace().skip(1);
+        let (_, local) = fields.next()?.split_once(':')?;
+        let (state, queues) = (fields.nth(1)?, fields.next()?);
+        let (_, unread) = queues.split_once(':')?;
+        // An established connection, not the listening socket.
+        (hexadecimal(local) == u64::from(port) && state == "01").then(|| hexadecimal(unread))
+    });
+    waiting.sum()
+}
 
 #[test]
 fn the_sender_is_killed_again_and_again() {
@@ -35,17 +50,7 @@ fn short_frames_are_sent_again_when_the_receiver_dies() {
         // It accepts bytes and answers none of them.
         receiver.process().signal("-STOP");
         bench.append("app.log", format!("line {number}\n"));
-        let io = format!("/proc/{}/io", sender.id());
-        let written = || {
-            let text = std::fs::read_to_string(&io).expect("a running process");
-            let line = text.lines().find(|line| line.starts_with("syscw:")).expect("a counter");
-            line["syscw:".len()..].trim().parse::<u64>().expect("a number")
-        };
-        let before = written();
-        let patience = Instant::now() + Duration::from_millis(500);
-        while written() < before + 3 && Instant::now() < patience {
-            std::thread::yield_now();
-        }
+        wait_until("a line is on the wire", PATIENCE, || unread(receiver.port()) > 0);
         receiver.restart();
         bench.wait_for_lines(number + 1);
     }
@@ -56,9 +61,8 @@ fn short_frames_are_sent_again_when_the_receiver_dies() {
 /// Sender, receiver and Elasticsearch are killed at random instants within one run.
 #[test]
 fn twenty_kills_of_sender_receiver_and_elasticsearch() {
-    const LINES: usize = 400_000;
+    const LINES: usize = 200_000;
     const KILLS: usize = 20;
-    const ELASTICSEARCH_KILLS: usize = 4;
     let Some(elasticsearch) = Elasticsearch::start("8.17") else { return };
     let bench = Bench::new();
     let mut random = Random::new();
@@ -77,9 +81,9 @@ fn twenty_kills_of_sender_receiver_and_elasticsearch() {
             wait_until("some receipts came", PATIENCE, || receipted() > before);
         }
         std::thread::sleep(Duration::from_millis(random.below(200)));
-        match kill % 5 {
-            // Each fifth kill is Elasticsearch's, the others take turns at random.
-            4 => {
+        // Three kills are Elasticsearch's, which is slow to start; the others fall at random.
+        match kill {
+            3 | 10 | 17 => {
                 elasticsearch.kill_hard();
                 elasticsearch.restart();
             }
@@ -90,7 +94,6 @@ fn twenty_kills_of_sender_receiver_and_elasticsearch() {
             }
         }
     }
-    assert_eq!(KILLS / 5, ELASTICSEARCH_KILLS);
     wait_until("every line is stored", 3 * PATIENCE, || {
         elasticsearch.count("kills-default-*") >= LINES as u64
     });
@@ -136,12 +139,7 @@ fn a_drain_is_bounded_and_a_second_signal_ends_it_at_once() {
     receiver.process().signal("-STOP");
     // Some of it is on the wire, without a receipt.
     bench.append("app.log", lines("line", 200_000));
-    let blocked = || {
-        let text = std::fs::read_to_string(format!("/proc/{}/io", sender.id())).expect("running");
-        let line = text.lines().find(|line| line.starts_with("wchar:")).expect("a counter");
-        line["wchar:".len()..].trim().parse::<u64>().expect("a number") > 100_000
-    };
-    wait_until("lines are on the wire", PATIENCE, blocked);
+    wait_until("lines are on the wire", PATIENCE, || unread(receiver.port()) > 100_000);
     sender.signal("-TERM");
     sender.wait_for_log("stopping");
     assert!(sender.is_running(), "it waits for receipts");

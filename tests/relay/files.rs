@@ -6,8 +6,8 @@ use std::os::unix::fs::symlink;
 
 use serde_json::{Value, json};
 
-use super::support::servers::Elasticsearch;
-use super::support::waybill::{Bench, lines, numbered};
+use super::support::servers::{Elasticsearch, wait_until};
+use super::support::waybill::{Bench, PATIENCE, lines, numbered};
 
 #[test]
 fn a_file_is_sent_once_and_a_second_run_sends_nothing() {
@@ -99,10 +99,20 @@ fn start_end_is_spent_at_a_first_run_that_finds_no_file() {
     let bench = Bench::new();
     let receiver = bench.receiver();
     fs::create_dir(bench.path("logs")).expect("a folder");
-    bench.send_once(&receiver, &["logs/*.log", "--start", "end"]).ok();
+    let arguments = ["logs/*.log", "--start", "end"];
+    // It swept before it connected.
+    let mut sender = bench.sender(&receiver, &arguments);
+    sender.wait_for_log("connected");
+    assert!(sender.stop().success());
     bench.write("logs/a.log", "first\n");
-    bench.send_once(&receiver, &["logs/*.log", "--start", "end"]).ok();
-    bench.assert_lines(["first".to_owned()]);
+    let mut sender = bench.sender(&receiver, &arguments);
+    sender.wait_for_log("following");
+    bench.append("logs/a.log", "second\n");
+    wait_until("the second line is stored", PATIENCE, || {
+        bench.messages().contains(&"second".to_owned())
+    });
+    assert!(sender.stop().success());
+    bench.assert_lines(["first", "second"].map(String::from));
 }
 
 #[test]
@@ -123,13 +133,13 @@ fn a_symbolic_link_is_refused_unless_allowed() {
 fn a_file_that_two_patterns_name_is_sent_once() {
     let bench = Bench::new();
     let receiver = bench.receiver();
-    bench.write("a.log", lines("line", 100));
-    bench.send_once(&receiver, &["*.log", "a.*"]).ok();
+    bench.write("logs/a.log", lines("line", 100));
+    bench.send_once(&receiver, &["logs/*.log", "logs/a.*"]).ok();
     bench.assert_lines(numbered("line", 100));
     // Under another pattern alone it is still the same file.
-    bench.append("a.log", "more\n");
-    bench.send_once(&receiver, &["a.*"]).ok();
-    bench.send_once(&receiver, &["a.log"]).ok();
+    bench.append("logs/a.log", "more\n");
+    bench.send_once(&receiver, &["logs/a.*"]).ok();
+    bench.send_once(&receiver, &["logs/a.log"]).ok();
     bench.assert_lines(numbered("line", 100).chain(["more".to_owned()]));
 }
 
@@ -252,26 +262,29 @@ fn receipts_name_every_line_once_in_order_with_its_stored_id() {
 #[test]
 fn a_parked_line_is_receipted_as_such_and_fails_the_run() {
     let Some(elasticsearch) = Elasticsearch::shared_8_17() else { return };
-    let drop = json!({"processors": [{"drop": {"if": "ctx.message == 'bad'"}}]});
-    let (status, answer) = elasticsearch.request("PUT", "/_ingest/pipeline/parked-line", &drop);
-    assert_eq!(status, 200, "{answer}");
+    // Numbers only: a line of letters is refused in full and in reduced form.
     let template = json!({
         "index_patterns": ["parked-line-default-*"],
-        "template": {"settings": {"index.default_pipeline": "parked-line"}},
+        "priority": 500,
+        "template": {"mappings": {"properties": {"message": {"type": "long"}}}},
     });
     let (status, answer) = elasticsearch.request("PUT", "/_index_template/parked-line", &template);
     assert_eq!(status, 200, "{answer}");
     let bench = Bench::new();
     let receiver = bench.receiver_into(&elasticsearch.url(), "parked-line");
-    bench.write("app.log", "good\nbad\nfine\n");
-    let finished = bench.send_once(&receiver, &["app.log", "--receipts", "-"]);
+    // Other lines are stored afterwards: so it is the line's fault, not the index's.
+    let numbers: String = (1..100_000).map(|number| format!("{number}\n")).collect();
+    bench.write("app.log", format!("0\nbad\n{numbers}"));
+    let finished = bench.send_once(&receiver, &["app.log", "--receipts", "receipts.jsonl"]);
     assert_eq!(finished.status.code(), Some(1), "{}", finished.stderr);
-    let verdicts: Vec<Value> = finished
-        .stdout
+    let text = fs::read_to_string(bench.path("receipts.jsonl")).expect("receipts");
+    let verdicts: Vec<Value> = text
         .lines()
         .map(|line| serde_json::from_str::<Value>(line).expect("a receipt")["verdict"].clone())
         .collect();
-    assert_eq!(verdicts, ["stored", "parked", "stored"]);
-    assert_eq!(elasticsearch.count("parked-line-default-*"), 2);
+    assert_eq!(verdicts[..3], ["stored", "parked", "stored"]);
+    assert_eq!(verdicts.len(), 100_001);
+    assert_eq!(verdicts.iter().filter(|verdict| **verdict == "stored").count(), 100_000);
+    assert_eq!(elasticsearch.count("parked-line-default-*"), 100_000);
     assert_eq!(elasticsearch.count("parked-line-dead"), 1);
 }

@@ -227,13 +227,13 @@ fn a_new_file_with_an_old_inode_is_read_from_its_start() {
 fn an_equal_file_beside_one_that_rests_is_sent() {
     let bench = Bench::new();
     let receiver = bench.receiver();
-    bench.write("a.log", lines("line", 100));
-    bench.send_once(&receiver, &["*.log"]).ok();
-    bench.write("b.log", lines("line", 100));
-    bench.send_once(&receiver, &["*.log"]).ok();
-    bench.append("a.log", "end of a\n");
-    bench.append("b.log", "end of b\n");
-    bench.send_once(&receiver, &["*.log"]).ok();
+    bench.write("logs/a.log", lines("line", 100));
+    bench.send_once(&receiver, &["logs/*.log"]).ok();
+    bench.write("logs/b.log", lines("line", 100));
+    bench.send_once(&receiver, &["logs/*.log"]).ok();
+    bench.append("logs/a.log", "end of a\n");
+    bench.append("logs/b.log", "end of b\n");
+    bench.send_once(&receiver, &["logs/*.log"]).ok();
     let ends = ["end of a", "end of b"].map(String::from);
     bench.assert_lines(several(&["line", "line"], 100).chain(ends));
 }

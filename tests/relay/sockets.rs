@@ -91,20 +91,20 @@ fn what_was_spooled_outlives_the_sender() {
 fn a_stream_socket_takes_lines_and_counted_frames() {
     let bench = Bench::new();
     let receiver = bench.receiver();
-    let mut sender = bench.sender(&receiver, &["--unix-stream", "log.sock"]);
+    let mut sender = bench.sender(&receiver, &["--unix-stream", "log.sock", "--format", "raw"]);
     wait_for_socket(&bench, "log.sock");
     let mut plain = UnixStream::connect(bench.path("log.sock")).expect("connect");
     let mut counted = UnixStream::connect(bench.path("log.sock")).expect("connect");
     for number in 0..1000 {
         plain.write_all(format!("plain {number}\n").as_bytes()).expect("write");
-        let frame = format!("counted {number}");
+        let frame = format!("<13>counted {number}");
         counted.write_all(format!("{} {frame}", frame.len()).as_bytes()).expect("write");
     }
     plain.write_all(b"no newline").expect("write");
     drop((plain, counted));
     bench.wait_for_lines(2001);
     assert!(sender.stop().success());
-    let all = numbered("plain", 1000).chain(numbered("counted", 1000));
+    let all = numbered("plain", 1000).chain(numbered("<13>counted", 1000));
     bench.assert_lines(all.chain(["no newline".to_owned()]));
 }
 
