@@ -10,6 +10,8 @@ mod elasticsearch;
 mod files;
 mod parsing;
 mod refusals;
+mod protocol_doc;
+mod readme;
 mod servers_smoke;
 mod tokens;
 mod versions;
