@@ -2,6 +2,7 @@
 
 mod support;
 
+mod dependencies;
 mod files;
 mod protocol_doc;
 mod readme;
