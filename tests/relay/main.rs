@@ -2,8 +2,18 @@
 
 mod support;
 
+mod certificates;
+mod configuration;
+mod demo;
 mod dependencies;
+mod disk;
+mod elasticsearch;
 mod files;
+mod parsing;
 mod protocol_doc;
 mod readme;
+mod refusals;
 mod servers_smoke;
+mod tokens;
+mod versions;
+mod wire;

@@ -130,7 +130,12 @@ impl Stream {
             let read = origin.read(&request);
             (origin, read)
         });
-        let (origin, read) = read.await.map_err(io::Error::other)?;
+        let (origin, read) = match read.await {
+            Ok(read) => read,
+            // Without its file this stream can do nothing; whoever started it starts it again.
+            Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+            Err(error) => return Err(io::Error::other(error)),
+        };
         self.origin = Some(origin);
         read
     }
