@@ -6,6 +6,7 @@ mod certificates;
 mod configuration;
 mod crash;
 mod demo;
+mod dependencies;
 mod disk;
 mod elasticsearch;
 mod files;
