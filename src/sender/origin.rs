@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 
 use crate::protocol::{DataFrame, FRAME_BYTES_TARGET, FRAME_HEADER_BYTES, FrameFlags};
 use crate::record::framing::Whole;
@@ -181,19 +181,24 @@ impl Origin {
         let from = request.from;
         let room = request.to.map_or(u64::MAX, |to| to.saturating_sub(from));
         let want = request.want.min(usize::try_from(room).unwrap_or(usize::MAX));
-        let mut message = BytesMut::zeroed(FRAME_HEADER_BYTES + want);
-        let read = match self {
-            Origin::File(file) => file.tail.read_at(from, &mut message[FRAME_HEADER_BYTES..])?,
-            Origin::Kept(kept) => kept.read_at(from, &mut message[FRAME_HEADER_BYTES..])?,
-            Origin::Spool { .. } => 0,
-        };
+        let mut message = Vec::with_capacity(FRAME_HEADER_BYTES + want);
+        message.resize(FRAME_HEADER_BYTES, 0);
+        match self {
+            Origin::File(file) => file.tail.append_at(from, want, &mut message)?,
+            Origin::Kept(kept) => {
+                message.resize(FRAME_HEADER_BYTES + want, 0);
+                let read = kept.read_at(from, &mut message[FRAME_HEADER_BYTES..])?;
+                message.truncate(FRAME_HEADER_BYTES + read);
+            }
+            Origin::Spool { .. } => {}
+        }
+        let read = message.len() - FRAME_HEADER_BYTES;
         let read_at = now_ms();
         if let Origin::File(file) = self
             && !file.agrees(from, from + read as u64, &request.before)?
         {
             return Ok(Read::Disagrees);
         }
-        message.truncate(FRAME_HEADER_BYTES + read);
         if request.resend {
             let whole = read as u64 == room;
             let same = request.expect.is_none_or(|expect| {
@@ -256,14 +261,14 @@ fn read_spool(spool: &Spool, segment: SegmentId, request: &Request) -> io::Resul
     if records.len() > request.want.max(FRAME_BYTES_TARGET) && !request.resend {
         return Ok(Read::Needs(records.len()));
     }
-    let mut message = BytesMut::with_capacity(FRAME_HEADER_BYTES + records.len());
+    let mut message = Vec::with_capacity(FRAME_HEADER_BYTES + records.len());
     message.resize(FRAME_HEADER_BYTES, 0);
     message.extend_from_slice(records);
     Ok(Read::Framed(frame(message, request, now_ms())))
 }
 
 /// Writes the header and notes what the next read is compared with.
-fn frame(message: BytesMut, request: &Request, read_at: u64) -> Framed {
+fn frame(message: Vec<u8>, request: &Request, read_at: u64) -> Framed {
     let records = &message[FRAME_HEADER_BYTES..];
     let to = request.from + records.len() as u64;
     let before = ends_with(&request.before, records);
