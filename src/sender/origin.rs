@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 
 use crate::protocol::{DataFrame, FRAME_BYTES_TARGET, FRAME_HEADER_BYTES, FrameFlags};
 use crate::record::framing::Whole;
@@ -182,18 +182,20 @@ impl Origin {
 
     fn read_bytes(&mut self, request: &Request) -> io::Result<Read> {
         let from = request.from;
-        // The caller knows what stands before the frontier only; a range that is sent again may be
-        // shorter than a fingerprint.
-        let before = if request.resend { self.before(from)? } else { request.before.clone() };
-        let request = &Request { before, ..request.clone() };
         let room = request.to.map_or(u64::MAX, |to| to.saturating_sub(from));
         let want = request.want.min(usize::try_from(room).unwrap_or(usize::MAX));
-        let mut message = BytesMut::zeroed(FRAME_HEADER_BYTES + want);
-        let read = match self {
-            Origin::File(file) => file.tail.read_at(from, &mut message[FRAME_HEADER_BYTES..])?,
-            Origin::Kept(kept) => kept.read_at(from, &mut message[FRAME_HEADER_BYTES..])?,
-            Origin::Spool { .. } => 0,
-        };
+        let mut message = Vec::with_capacity(FRAME_HEADER_BYTES + want);
+        message.resize(FRAME_HEADER_BYTES, 0);
+        match self {
+            Origin::File(file) => file.tail.append_at(from, want, &mut message)?,
+            Origin::Kept(kept) => {
+                message.resize(FRAME_HEADER_BYTES + want, 0);
+                let read = kept.read_at(from, &mut message[FRAME_HEADER_BYTES..])?;
+                message.truncate(FRAME_HEADER_BYTES + read);
+            }
+            Origin::Spool { .. } => {}
+        }
+        let read = message.len() - FRAME_HEADER_BYTES;
         let read_at = now_ms();
         let before = if request.resend { self.before(from)? } else { request.before.clone() };
         if let Origin::File(file) = self
@@ -201,7 +203,6 @@ impl Origin {
         {
             return Ok(Read::Disagrees);
         }
-        message.truncate(FRAME_HEADER_BYTES + read);
         if request.resend {
             let whole = read as u64 == room;
             let framed = frame(message, request, &before, read_at);
@@ -259,7 +260,7 @@ fn read_spool(spool: &Spool, segment: SegmentId, request: &Request) -> io::Resul
     if records.len() > request.want.max(FRAME_BYTES_TARGET) && !request.resend {
         return Ok(Read::Needs(records.len()));
     }
-    let mut message = BytesMut::with_capacity(FRAME_HEADER_BYTES + records.len());
+    let mut message = Vec::with_capacity(FRAME_HEADER_BYTES + records.len());
     message.resize(FRAME_HEADER_BYTES, 0);
     message.extend_from_slice(records);
     Ok(Read::Framed(frame(message, request, &[], now_ms())))
@@ -267,7 +268,7 @@ fn read_spool(spool: &Spool, segment: SegmentId, request: &Request) -> io::Resul
 
 /// Writes the header and notes what the next read is compared with. `before` are the (at most 64)
 /// bytes before the records.
-fn frame(message: BytesMut, request: &Request, before: &[u8], read_at: u64) -> Framed {
+fn frame(message: Vec<u8>, request: &Request, before: &[u8], read_at: u64) -> Framed {
     let records = &message[FRAME_HEADER_BYTES..];
     let to = request.from + records.len() as u64;
     let ends = ends_with(before, records);
