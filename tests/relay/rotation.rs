@@ -2,8 +2,11 @@
 
 use std::fs::{self, File};
 use std::io::Write;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
+
+use serde_json::Value;
 
 use super::files::gzip;
 use super::support::servers::wait_until;
@@ -384,6 +387,18 @@ fn truncated_before_it_was_receipted_is_a_reported_loss() {
     bench.assert_lines(numbered("first", 500).chain(["third".to_owned()]));
 }
 
+/// Makes saved positions those of another boot of the machine: only then can a file have lost its
+/// tail.
+fn another_boot(positions: &Path) {
+    let text = std::fs::read_to_string(positions).expect("positions");
+    let mut content: Value = serde_json::from_str(&text[9..]).expect("a checksum and JSON");
+    assert!(content["boot"].is_string());
+    content["boot"] = "another".into();
+    let json = content.to_string();
+    let text = format!("{:08x} {json}", crc32c::crc32c(json.as_bytes()));
+    std::fs::write(positions, text).expect("write");
+}
+
 #[test]
 fn a_tail_lost_in_a_power_cut_loses_no_later_line() {
     let bench = Bench::new();
@@ -391,6 +406,7 @@ fn a_tail_lost_in_a_power_cut_loses_no_later_line() {
     let text = lines("line", 100_000);
     bench.write("app.log", &text);
     bench.send_once(&receiver, &["app.log"]).ok();
+    another_boot(&bench.path("state/positions"));
     // Not at the end of a line, and new lines after it.
     let file = File::options().write(true).open(bench.path("app.log")).expect("open");
     file.set_len(text.len() as u64 - 10_003).expect("cut");

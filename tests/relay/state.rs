@@ -184,7 +184,7 @@ fn a_changed_index_rule_is_refused_for_old_lines_and_said_on_both_sides() {
     let mut changed = receiver_with(&["--index", "new-{type}-{yyyy.MM.dd}"]);
     let mut sender = bench.sender(&changed, &["app.log"]);
     sender.wait_for_log("the receiver refuses these lines");
-    sender.wait_for_log("former_rules");
+    sender.wait_for_log("former_index");
     wait_until("the receiver says so too", PATIENCE, || {
         changed.log().contains("segment refused") && changed.log().contains("old-{type}-")
     });

@@ -228,14 +228,17 @@ pub struct Process {
     name: String,
     child: Child,
     log: PathBuf,
+    /// Where its own part of the log begins: several processes may write into one, in turn.
+    log_start: usize,
 }
 
 impl Process {
     pub fn start(name: &str, mut command: Command, log: PathBuf) -> Process {
         let file = File::options().create(true).append(true).open(&log).expect("a log");
+        let log_start = file.metadata().expect("a log").len() as usize;
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(file);
         let child = spawn_bound(command).expect("the program starts");
-        Process { name: name.to_owned(), child, log }
+        Process { name: name.to_owned(), child, log, log_start }
     }
 
     pub fn id(&self) -> u32 {
@@ -243,7 +246,8 @@ impl Process {
     }
 
     pub fn log(&self) -> String {
-        fs::read_to_string(&self.log).unwrap_or_default()
+        let text = fs::read(&self.log).unwrap_or_default();
+        String::from_utf8_lossy(text.get(self.log_start..).unwrap_or_default()).into_owned()
     }
 
     #[track_caller]
