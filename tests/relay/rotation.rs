@@ -46,8 +46,9 @@ fn copytruncate(bench: &Bench) {
         .expect("cut");
 }
 
-fn several(tags: &[&'static str], count: usize) -> impl Iterator<Item = String> {
-    tags.iter().copied().flat_map(move |tag| numbered(tag, count))
+fn several(tags: &[&str], count: usize) -> impl Iterator<Item = String> {
+    let lines: Vec<String> = tags.iter().flat_map(|tag| numbered(tag, count)).collect();
+    lines.into_iter()
 }
 
 #[test]
