@@ -11,7 +11,7 @@ use tokio::sync::Semaphore;
 
 use crate::destination::{Inbox, Reply};
 use crate::parse::Segment;
-use crate::protocol::{Receipt, Run};
+use crate::protocol::{DayBounds, Receipt, Run};
 use crate::record::framing::encode_spool_record;
 use crate::record::{DocumentId, Format, Framing, Prefix, Row, SegmentId, SenderId, TypeName};
 
@@ -26,7 +26,7 @@ pub(crate) fn store_documents(path: &Path, lines: impl IntoIterator<Item = (Vec<
     let mut store = open(path);
     let segment = segment(Framing::LINES);
     let mut batch = store.writer.begin().expect("a transaction");
-    let mut open = batch.open(&segment).expect("a segment");
+    let mut open = batch.open(&segment, segment.row.day).expect("a segment");
     for (offset, (payload, document)) in (0..).zip(lines) {
         let id = segment.ids.id(offset, &payload);
         let document = document.as_bytes();
@@ -93,6 +93,7 @@ impl Peer {
             offset,
             read_at: now_ms(),
             continues: false,
+            days: DayBounds { from: self.segment.row.day, to: self.segment.row.day.plus(2) },
             records: records.into(),
             reply: Reply::new(Arc::clone(&self.inbox), 1),
             memory: permit,
@@ -239,7 +240,7 @@ fn a_document_that_would_break_searches_is_refused_and_its_neighbours_are_not() 
     let mut store = open(&folder.path().join("store"));
     let segment = segment(Framing::LINES);
     let mut batch = store.writer.begin().expect("a transaction");
-    let mut open = batch.open(&segment).expect("a segment");
+    let mut open = batch.open(&segment, segment.row.day).expect("a segment");
     let mut insert = |offset: u64, document: &[u8]| {
         let id = segment.ids.id(offset, b"x");
         let line = Line { id, offset, payload: b"x", document, read_at: 7 };
@@ -281,7 +282,7 @@ fn hourly(store: &mut Store, lines: u64) {
     let mut batch = store.writer.begin().expect("a transaction");
     for first in (0..lines).step_by(24) {
         let segment = segment(Framing::LINES);
-        let mut open = batch.open(&segment).expect("a segment");
+        let mut open = batch.open(&segment, segment.row.day).expect("a segment");
         for hour in first..lines.min(first + 24) {
             let payload = format!("hour{hour} {}", "filler ".repeat(20));
             let document = format!("{{\"message\":\"{payload}\"}}");
