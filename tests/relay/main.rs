@@ -3,4 +3,6 @@
 mod support;
 
 mod files;
+mod http_intake;
 mod servers_smoke;
+mod syslog_ng;
