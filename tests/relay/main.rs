@@ -2,7 +2,19 @@
 
 mod support;
 
+mod certificates;
+mod configuration;
+mod demo;
+mod disk;
+mod elasticsearch;
 mod files;
 mod http_intake;
+mod parsing;
+mod refusals;
+mod protocol_doc;
+mod readme;
 mod servers_smoke;
 mod syslog_ng;
+mod tokens;
+mod versions;
+mod wire;
