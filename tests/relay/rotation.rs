@@ -44,7 +44,7 @@ fn copytruncate(bench: &Bench) {
 }
 
 fn several(tags: &[&'static str], count: usize) -> impl Iterator<Item = String> {
-    tags.to_vec().into_iter().flat_map(move |tag| numbered(tag, count))
+    tags.iter().copied().flat_map(move |tag| numbered(tag, count))
 }
 
 #[test]

@@ -1,10 +1,12 @@
 //! What a stream says to the receiver, and what it hears: frames out, letters in.
 
 use std::io;
+use std::panic::resume_unwind;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use tokio::sync::SemaphorePermit;
+use tokio::task::JoinError;
 use tracing::{debug, error, warn};
 
 use super::{DISK_RETRY, End, Step, Stream};
@@ -139,7 +141,12 @@ impl Stream {
             let read = origin.read(&request);
             (origin, read)
         });
-        let (origin, read) = read.await.map_err(io::Error::other)?;
+        let (origin, read) = match read.await.map_err(JoinError::try_into_panic) {
+            Ok(read) => read,
+            // The origin is gone with the read: the stream ends too, and is started anew.
+            Err(Ok(panic)) => resume_unwind(panic),
+            Err(Err(cancelled)) => return Err(io::Error::other(cancelled)),
+        };
         self.origin = Some(origin);
         read
     }

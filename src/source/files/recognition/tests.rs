@@ -254,7 +254,7 @@ fn a_new_generation_with_equal_first_lines_is_no_copy() {
     let mut held = folder.known("a.log.1", b"started\n", 0);
     held.progress.fingerprints.clear();
     let held = [held];
-    let around = Surroundings { lost: &[], held: &held, patient: true };
+    let around = Surroundings { lost: &[], held: &held, patient: true, rebooted: false };
     let decisions = recognise(folder.found(&["a.log"]), around).expect("readable");
     assert!(matches!(decisions[..], [Decision::New { .. }]), "{decisions:?}");
 }
