@@ -67,6 +67,9 @@ impl Send {
         for path in self.unix_stream {
             inputs.push(At::flag("--unix-stream", TypedInput::UnixStream(base.join(path))));
         }
+        for address in self.http_intake {
+            inputs.push(At::flag("--http-intake", TypedInput::HttpIntake(address)));
+        }
         if let Some(place) = settings.first().filter(|_| inputs.is_empty() && problems.is_empty()) {
             let message = "describes files and sockets of the command line, and there are none: \
                            name them, or set it under [[source]] in the file";

@@ -6,6 +6,7 @@
 mod layers;
 
 use std::ffi::OsString;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -105,7 +106,8 @@ pub struct Send {
     /// Compress frames with zstd where the receiver can: saves traffic, costs processor time
     #[arg(long, help_heading = "Receiver")]
     pub compress: bool,
-    /// DANGER: allow ws:// to other machines; token and lines can be read on the way
+    /// DANGER: allow ws:// to other machines, and an HTTP intake that they reach; token and lines
+    /// can be read on the way
     #[arg(long, help_heading = "Receiver")]
     pub insecure_plaintext: bool,
 
@@ -115,6 +117,9 @@ pub struct Send {
     /// Unix stream socket to make and read, lines or octet-counted, as syslog-ng's unix-stream()
     #[arg(long, value_name = "PATH", help_heading = "Sources")]
     pub unix_stream: Vec<PathBuf>,
+    /// Address on loopback where lines are posted over HTTP, as syslog-ng's http() does
+    #[arg(long, value_name = "HOST:PORT", value_parser = value::tcp_address, help_heading = "Sources")]
+    pub http_intake: Vec<SocketAddr>,
     /// Where files start that are there at the first run: beginning or end [default: beginning]
     #[arg(long, value_name = "WHERE", value_parser = value::start, help_heading = "Sources")]
     pub start: Option<Start>,

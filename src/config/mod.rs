@@ -122,6 +122,11 @@ pub enum Input {
         /// Permission bits of the socket file.
         mode: u32,
     },
+    /// A TCP address on which lines are posted over HTTP.
+    HttpIntake {
+        /// Loopback, unless plaintext is allowed.
+        address: SocketAddr,
+    },
 }
 
 /// Where files that are present at a source's first run start.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use super::check;
@@ -21,7 +22,7 @@ pub struct SourceLayer {
     pub place: Place,
     /// `source.name`; made from the input where missing.
     pub name: Option<At<String>>,
-    /// `source.files`, `.unix_datagram`, `.unix_stream`, `.stdin`; one of them.
+    /// `source.files`, `.unix_datagram`, `.unix_stream`, `.http_intake`, `.stdin`; one of them.
     pub inputs: Vec<At<TypedInput>>,
     /// An input was typed, and refused.
     pub refused: bool,
@@ -47,6 +48,8 @@ pub enum TypedInput {
     UnixDatagram(PathBuf),
     /// A Unix stream socket.
     UnixStream(PathBuf),
+    /// Posts over HTTP.
+    HttpIntake(SocketAddr),
 }
 
 /// Settings of a source that do not say where its bytes come from.
@@ -127,14 +130,18 @@ fn without_dot(path: &str) -> &str {
 
 impl SourceLayer {
     pub(super) fn read(table: &mut Table<'_>) -> SourceLayer {
-        let named = ["files", "unix_datagram", "unix_stream"].iter().any(|key| table.has(key));
+        let named = ["files", "unix_datagram", "unix_stream", "http_intake"]
+            .iter()
+            .any(|key| table.has(key));
         let base = table.base().to_owned();
         let files = table.text("files", |text| absolute(&value::pattern(text)?, text, &base));
         let datagram = table.path("unix_datagram").map(|at| at.map(TypedInput::UnixDatagram));
         let stream = table.path("unix_stream").map(|at| at.map(TypedInput::UnixStream));
+        let http =
+            table.text("http_intake", value::tcp_address).map(|at| at.map(TypedInput::HttpIntake));
         let stdin =
             table.boolean("stdin").filter(|at| at.value).map(|at| at.map(|_| TypedInput::Stdin));
-        let inputs: Vec<_> = [files, datagram, stream, stdin].into_iter().flatten().collect();
+        let inputs: Vec<_> = [files, datagram, stream, http, stdin].into_iter().flatten().collect();
         SourceLayer {
             place: table.place(),
             name: table.text("name", name),
@@ -165,8 +172,7 @@ impl SourceLayer {
             Err(inputs) if inputs.is_empty() && self.refused => return None,
             Err(inputs) => {
                 let place = inputs.get(1).map_or(&self.place, |second| &second.place);
-                let message =
-                    "a source has exactly one of files, unix_datagram, unix_stream, stdin";
+                let message = "a source has exactly one of files, unix_datagram, unix_stream, http_intake, stdin";
                 findings.problem(place, message);
                 return None;
             }
@@ -187,6 +193,9 @@ impl SourceLayer {
                 check::socket_path(&path, &typed.place, findings);
                 let name = escape_path(&path);
                 (Input::UnixStream { path, mode }, name)
+            }
+            TypedInput::HttpIntake(address) => {
+                (Input::HttpIntake { address }, format!("http://{address}"))
             }
         };
         let settings = self.settings;

@@ -91,7 +91,8 @@ fn bad_senders_say_where_and_what_is_allowed() {
         (
             with_source("  typ = 'nginx'\n"),
             "c.toml:5:3: source.typ: unknown key; allowed here: files, follow_symlinks, format, \
-             labels, mode, name, start, stdin, tags, timezone, type, unix_datagram, unix_stream"
+             http_intake, labels, mode, name, start, stdin, tags, timezone, type, unix_datagram, \
+             unix_stream"
                 .to_owned(),
         ),
         (
@@ -121,13 +122,20 @@ fn bad_senders_say_where_and_what_is_allowed() {
         (
             with_source("unix_stream = '/run/x'\n"),
             "c.toml:5:1: source.unix_stream: a source has exactly one of files, unix_datagram, \
-             unix_stream, stdin"
+             unix_stream, http_intake, stdin"
+                .to_owned(),
+        ),
+        (
+            format!("{SEND}[[source]]\nhttp_intake = '192.0.2.1:8514'\n"),
+            "c.toml:4:1: source.http_intake: 192.0.2.1:8514 would take lines from anybody who \
+             reaches it, unencrypted: use 127.0.0.1, or allow it with --insecure-plaintext \
+             (insecure_plaintext = true)"
                 .to_owned(),
         ),
         (
             format!("{SEND}[[source]]\nname = 'x'\n"),
             "c.toml:3:1: source: a source has exactly one of files, unix_datagram, unix_stream, \
-             stdin"
+             http_intake, stdin"
                 .to_owned(),
         ),
         (
@@ -445,11 +453,13 @@ fn the_documented_examples_load() {
 
     let loaded = desk.send(SendLayer::default(), &read("sender.toml")).expect("a sender");
     assert!(loaded.warnings.is_empty(), "{:?}", loaded.warnings);
-    assert_eq!(loaded.config.sources.len(), 3);
+    assert_eq!(loaded.config.sources.len(), 4);
     assert_eq!(
         loaded.config.sources[2].input,
         Input::UnixStream { path: "/run/waybill/syslog.sock".into(), mode: 0o660 }
     );
+    let address = "127.0.0.1:8514".parse().expect("an address");
+    assert_eq!(loaded.config.sources[3].input, Input::HttpIntake { address });
 
     let loaded = desk.receive(ReceiveLayer::default(), &read("receiver.toml")).expect("a receiver");
     assert!(loaded.warnings.is_empty(), "{:?}", loaded.warnings);

@@ -213,6 +213,14 @@ pub fn listen(text: &str) -> Result<Listen, ValueError> {
     }
 }
 
+/// A TCP address to listen on: `HOST:PORT`.
+pub fn tcp_address(text: &str) -> Result<SocketAddr, ValueError> {
+    match listen(text)? {
+        Listen::Tcp(address) => Ok(address),
+        Listen::Unix(_) => refuse(format!("address {text:?} must be HOST:PORT or [IPv6]:PORT")),
+    }
+}
+
 /// An IANA time zone's name.
 pub fn timezone(text: &str) -> Result<String, ValueError> {
     if text == "UTC" || TimeZone::get(text).is_ok() {

@@ -19,6 +19,8 @@ use uuid::Uuid;
 
 use crate::config::DestinationConfig;
 use crate::parse::Segment;
+use crate::protocol::DayBounds;
+use crate::record::{Day, Record};
 use elasticsearch::{Elasticsearch, Health};
 use embedded::Store;
 
@@ -92,10 +94,47 @@ pub struct Frame {
     pub read_at: u64,
     /// The first record goes on from one that was cut.
     pub continues: bool,
+    /// Days that records with a key may have, as of when the frame came. Fixed here, so that every
+    /// attempt of a record has the same index.
+    pub days: DayBounds,
     /// Whole records.
     pub records: Bytes,
     /// Where the receipts go.
     pub reply: Reply,
     /// Its share of the receiver's memory; returned when the frame is dropped (I7).
     pub memory: OwnedSemaphorePermit,
+}
+
+/// Why a record with a key is parked: its day would make an index outside the bounds (I8).
+#[derive(Clone, PartialEq, Eq, Debug, Error)]
+#[error(
+    "its time of origin is on {day}, outside {} to {}: check the client's clock, or widen the \
+     bounds of days at the receiver", bounds.from, bounds.to
+)]
+pub struct OutsideDays {
+    /// The UTC day of its time.
+    pub day: Day,
+    /// What is accepted.
+    pub bounds: DayBounds,
+}
+
+impl Frame {
+    /// The day in the name of a record's index: the row's, or that of the time that came with the
+    /// record's key.
+    ///
+    /// # Errors
+    ///
+    /// Where that day is not accepted. Such a record is parked under its own id.
+    #[inline]
+    pub fn day_of(&self, record: &Record<'_>) -> Result<Day, OutsideDays> {
+        let row_day = self.segment.row.day;
+        if record.key.is_empty() {
+            return Ok(row_day);
+        }
+        let day = record.time.map_or(row_day, Day::of_millis);
+        match day == row_day || self.days.contains(day) {
+            true => Ok(day),
+            false => Err(OutsideDays { day, bounds: self.days }),
+        }
+    }
 }

@@ -12,7 +12,7 @@ use super::escape::{write_escaped, write_integer, write_string};
 use super::json::{self, Members};
 use super::syslog::{self, Clock, Header};
 use super::timestamp::{self, Millis, Zone};
-use crate::record::{Format, IdPrefix, Record, Row, SenderId};
+use crate::record::{Day, Format, IdPrefix, Record, Row, SenderId};
 
 /// The version of ECS whose names are used.
 const ECS_VERSION: &str = "8.17.0";
@@ -26,9 +26,9 @@ pub struct Segment {
     pub sender: SenderId,
     /// The sender's name in the tokens file.
     pub sender_name: String,
-    /// Index of all its documents.
+    /// Index of its documents, but for records with a key: see [`Segment::index_on`].
     pub index: String,
-    /// First part of all its document ids.
+    /// What its document ids have in common.
     pub ids: IdPrefix,
     zone: Zone,
     /// The row's day in days since 1970.
@@ -150,6 +150,16 @@ impl Segment {
         let near = timestamp::days_from_civil(year.into(), month.into(), day.into());
         let zone = zone.unwrap_or(Zone::Fixed(0));
         Segment { row, sender, sender_name, index, ids, zone, near, pieces }
+    }
+
+    /// The index of its documents of a day. A record with a key has the day of its time of origin,
+    /// so that its repeat in another segment is the same document of the same index (I3).
+    #[inline]
+    pub fn index_on(&self, day: Day) -> Cow<'_, str> {
+        match &self.row.rule {
+            Some(rule) if day != self.row.day => Cow::Owned(rule.name(&self.row.type_name, day)),
+            _ => Cow::Borrowed(&self.index),
+        }
     }
 
     /// Appends the document of one record to `out`: one JSON object without a newline.

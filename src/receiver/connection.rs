@@ -285,7 +285,7 @@ impl Connection {
                 }
             }
             Incoming::Binary(bytes) => {
-                if let Some(taken) = self.session.binary(bytes)? {
+                if let Some(taken) = self.session.binary(bytes, Day::today())? {
                     self.take(taken);
                 }
             }
@@ -309,7 +309,7 @@ impl Connection {
     }
 
     fn push(&mut self, taken: Taken, memory: OwnedSemaphorePermit) {
-        let Taken { segment, frame } = taken;
+        let Taken { segment, days, frame } = taken;
         let held = self.receiver.memory_bytes_max - self.receiver.memory.available_permits();
         if held == memory.num_permits() {
             self.receiver.health.note();
@@ -323,6 +323,7 @@ impl Connection {
             offset: frame.offset,
             read_at: frame.read_at,
             continues: frame.flags.continues,
+            days,
             records,
             reply: Reply::new(Arc::clone(&self.inbox), frame.handle),
             memory,

@@ -87,6 +87,8 @@ impl From<FrameError> for Violation {
 #[derive(Debug)]
 pub(super) struct Taken {
     pub(super) segment: Arc<Segment>,
+    /// Days that its records may have by their own time.
+    pub(super) days: DayBounds,
     pub(super) frame: DataFrame,
 }
 
@@ -269,7 +271,11 @@ impl Session {
     }
 
     /// A binary message; `None` for a frame of a refused segment, which is dropped.
-    pub(super) fn binary(&mut self, message: Bytes) -> Result<Option<Taken>, Violation> {
+    pub(super) fn binary(
+        &mut self,
+        message: Bytes,
+        today: Day,
+    ) -> Result<Option<Taken>, Violation> {
         if self.state == State::AwaitsHello {
             return Err(Violation::new(close::PROTOCOL, "the first message must be hello"));
         }
@@ -293,7 +299,7 @@ impl Session {
             return Err(Violation::new(close::POLICY, reason));
         }
         self.outstanding.add(frame.handle, frame.offset, bytes);
-        Ok(Some(Taken { segment, frame }))
+        Ok(Some(Taken { segment, days: self.terms.day_bounds(today), frame }))
     }
 
     /// A receipt leaves for the sender.

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::str::FromStr;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use jiff::civil::Date;
 use jiff::tz::TimeZone;
@@ -31,6 +31,11 @@ impl Day {
         Day(timestamp.to_zoned(TimeZone::UTC).date())
     }
 
+    /// The UTC day of a time in milliseconds since 1970.
+    pub fn of_millis(time: u64) -> Day {
+        UNIX_EPOCH.checked_add(Duration::from_millis(time)).map_or(Day(Date::MAX), Day::of)
+    }
+
     /// The day `days` later (earlier where negative), clamped to what a calendar can say.
     pub fn plus(self, days: i32) -> Day {
         Day(self.0.saturating_add(days.clamp(-3_000_000, 3_000_000).days()))
@@ -53,8 +58,6 @@ impl FromStr for Day {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[test]

@@ -9,6 +9,8 @@ use sha2::{Digest, Sha256};
 use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_64;
 
+use super::framing::{KEY_BYTES_MAX, Record};
+
 /// A segment ends before this offset, because an id has 5 bytes for it.
 pub const OFFSET_MAX: u64 = 1 << 40;
 
@@ -48,9 +50,12 @@ impl fmt::Display for SenderId {
     }
 }
 
-/// The part of a document id that all records of a segment share: computed once per segment.
+/// What the document ids of a segment have in common: computed once per segment.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct IdPrefix([u8; 14]);
+pub struct IdPrefix {
+    sender: SenderId,
+    bytes: [u8; 14],
+}
 
 impl IdPrefix {
     /// Bytes 0–5 of the segment's UUIDv7 (its milliseconds), then the first 8 bytes of
@@ -65,14 +70,23 @@ impl IdPrefix {
         let mut bytes = [0; 14];
         bytes[..6].copy_from_slice(&segment.0.as_bytes()[..6]);
         bytes[6..].copy_from_slice(&digest[..8]);
-        IdPrefix(bytes)
+        IdPrefix { sender, bytes }
     }
 
-    /// The id of the record that starts at `offset` and holds `payload` (without LF, with CR).
+    /// The id of a record of the segment: by its key where it has one, else by its place.
+    #[inline]
+    pub fn of(&self, record: &Record<'_>) -> DocumentId {
+        match record.key {
+            b"" => self.id(record.offset, record.payload),
+            key => DocumentId::keyed(self.sender, key, record.time.unwrap_or(0), record.payload),
+        }
+    }
+
+    /// The id of the record without a key that starts at `offset` and holds `payload` (without LF, with CR).
     pub fn id(&self, offset: u64, payload: &[u8]) -> DocumentId {
         debug_assert!(offset < OFFSET_MAX);
         let mut bytes = [0; 24];
-        bytes[..14].copy_from_slice(&self.0);
+        bytes[..14].copy_from_slice(&self.bytes);
         bytes[14..19].copy_from_slice(&offset.to_be_bytes()[3..]);
         bytes[19..].copy_from_slice(&xxh3_64(payload).to_be_bytes()[3..]);
         DocumentId(bytes)
@@ -86,6 +100,28 @@ pub struct DocumentId(pub [u8; 24]);
 impl DocumentId {
     /// Length of the text form in bytes.
     pub const TEXT_LEN: usize = 32;
+
+    /// The id of a record that carries a key and a time of origin: the first 24 bytes of
+    /// SHA-256(sender id ‖ key length, u16 ‖ key ‖ time, u64 in ms ‖ payload), big-endian.
+    ///
+    /// Neither segment nor offset is in it, so that a client's repeat is the same document (I3);
+    /// the payload is, so that a key used twice hides no line (I4).
+    pub fn keyed(sender: SenderId, key: &[u8], time_ms: u64, payload: &[u8]) -> DocumentId {
+        debug_assert!(key.len() <= KEY_BYTES_MAX);
+        let mut hasher = Sha256::new();
+        hasher.update(sender.0.as_bytes());
+        hasher.update((key.len() as u16).to_be_bytes());
+        hasher.update(key);
+        hasher.update(time_ms.to_be_bytes());
+        hasher.update(payload);
+        DocumentId::truncated(&hasher.finalize())
+    }
+
+    fn truncated(digest: &[u8]) -> DocumentId {
+        let mut bytes = [0; 24];
+        bytes.copy_from_slice(&digest[..24]);
+        DocumentId(bytes)
+    }
 
     /// The text form, without an allocation.
     pub fn text(&self) -> [u8; DocumentId::TEXT_LEN] {
@@ -114,10 +150,7 @@ impl DocumentId {
         let mut hasher = Sha256::new();
         hasher.update(self.0);
         hasher.update(number.to_be_bytes());
-        let digest = hasher.finalize();
-        let mut bytes = [0; 24];
-        bytes.copy_from_slice(&digest[..24]);
-        DocumentId(bytes)
+        DocumentId::truncated(&hasher.finalize())
     }
 }
 
@@ -160,6 +193,46 @@ mod tests {
         let sender = SenderId::mint();
         let segment = SegmentId("0192f3a4-5b6c-7d8e-9fa0-b1c2d3e4f506".parse().expect("uuid"));
         assert_ne!(id, IdPrefix::new(sender, segment).id(7, b"line"), "sender (I4)");
+    }
+
+    #[test]
+    fn a_keyed_id_is_the_hash_that_the_protocol_names() {
+        let sender = SenderId("01890a5d-ac96-774b-bcce-b302099a8057".parse().expect("uuid"));
+        let bytes = [
+            sender.0.as_bytes().as_slice(),
+            &[0, 3],
+            b"key",
+            &1_763_714_120_123_u64.to_be_bytes(),
+            b"line",
+        ]
+        .concat();
+        let id = DocumentId::keyed(sender, b"key", 1_763_714_120_123, b"line");
+        assert_eq!(id.0, Sha256::digest(&bytes)[..24]);
+        assert_eq!(id.to_string(), "MUl5jpZEwGZIdDY3vdUD12145F_Co943");
+    }
+
+    #[test]
+    fn a_keyed_record_has_one_id_in_every_segment_and_place() {
+        let sender = SenderId::mint();
+        let record = |offset, key| Record {
+            offset,
+            length: 0,
+            payload: b"line",
+            kind: crate::record::RecordKind::Line,
+            continues: false,
+            cut: false,
+            time: Some(5),
+            key,
+        };
+        let [a, b] = [(); 2].map(|()| IdPrefix::new(sender, SegmentId::mint()));
+        assert_eq!(a.of(&record(0, b"key")), b.of(&record(77, b"key")), "a repeat (I3)");
+        assert_ne!(a.of(&record(0, b"key")), a.of(&record(0, b"kez")), "another key");
+        assert_ne!(a.of(&record(0, b"")), b.of(&record(0, b"")), "without a key, by its place");
+        assert_ne!(
+            DocumentId::keyed(sender, b"key", 5, b"line"),
+            DocumentId::keyed(SenderId::mint(), b"key", 5, b"line"),
+            "another sender (I4)"
+        );
     }
 
     #[test]

@@ -11,7 +11,7 @@ use tracing::error;
 use super::window::Finished;
 use crate::config::ReceiptsTarget;
 use crate::protocol::Verdict;
-use crate::record::{IdPrefix, RecordKind, Row};
+use crate::record::{Day, IdPrefix, RecordKind, Row};
 
 /// Ranges that may wait to be written; each is at most a frame (I7).
 const WAITING_MAX: usize = 16;
@@ -106,10 +106,13 @@ fn write_line(output: &mut impl Write, line: &Line) -> io::Result<()> {
             Verdict::Parked { reason } => ("parked", Some(reason.as_str())),
             Verdict::Skipped | Verdict::Deferred { .. } => continue,
         };
-        let text = ids.id(record.offset, record.payload).text();
+        let text = ids.of(&record).text();
+        let own_day = record.time.filter(|_| !record.key.is_empty()).map(Day::of_millis);
+        let own_index =
+            own_day.filter(|day| *day != row.day).map(|day| rule.name(&row.type_name, day));
         let entry = Entry {
             id: std::str::from_utf8(&text).unwrap_or_default(),
-            index: &index,
+            index: own_index.as_deref().unwrap_or(&index),
             path: &row.path,
             offset: record.offset,
             verdict,

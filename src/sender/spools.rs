@@ -21,6 +21,7 @@ use super::stream::{End, Ended, Flags, Parts, Stream};
 use crate::config::Input;
 use crate::record::{Day, Framing, SegmentId};
 use crate::source::datagram::DatagramSource;
+use crate::source::http_intake::HttpIntake;
 use crate::source::stdin::{StdinEnd, StdinSource};
 use crate::source::stream::StreamSource;
 use crate::source::{BindError, SourceError};
@@ -53,6 +54,7 @@ pub struct SpoolSource {
 enum Intake {
     Datagram(DatagramSource),
     Stream(StreamSource),
+    Http(HttpIntake),
     Stdin(StdinSource),
 }
 
@@ -70,6 +72,7 @@ impl SpoolSource {
                 Intake::Datagram(DatagramSource::bind(path, *mode)?)
             }
             Input::UnixStream { path, mode } => Intake::Stream(StreamSource::bind(path, *mode)?),
+            Input::HttpIntake { address } => Intake::Http(HttpIntake::bind(*address)?),
         };
         let folder = directory(state_dir, &attributes.source.name);
         let spool = Arc::new(Spool::open(&folder, budget.clone())?);
@@ -108,6 +111,7 @@ async fn take_in(
     match intake {
         Intake::Datagram(source) => source.run(spool, stopping).await.map(|()| false),
         Intake::Stream(source) => source.run(spool, stopping).await.map(|()| false),
+        Intake::Http(source) => source.run(spool, stopping).await.map(|()| false),
         Intake::Stdin(source) => {
             source.run(spool, stopping).await.map(|end| end == StdinEnd::Finished)
         }

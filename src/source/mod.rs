@@ -4,6 +4,7 @@ pub mod files;
 
 pub mod datagram;
 mod framer;
+pub mod http_intake;
 mod socket;
 pub mod stdin;
 pub mod stream;

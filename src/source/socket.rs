@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::net::SocketAddr;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
@@ -47,6 +48,22 @@ pub enum BindError {
     TooLong {
         /// The socket's path.
         path: String,
+    },
+    /// Another process listens on the TCP address.
+    #[error("{address}: another process is listening on it: stop it, or name another port")]
+    AddressInUse {
+        /// As configured.
+        address: SocketAddr,
+    },
+    /// The TCP address is not ours, or its port needs a privilege.
+    #[error(
+        "{address}: cannot listen there: name an address of this machine and a port above 1023"
+    )]
+    Address {
+        /// As configured.
+        address: SocketAddr,
+        /// Why.
+        source: io::Error,
     },
     /// Anything else, mostly permissions.
     #[error("{path}: cannot bind the socket: check the owner and permissions of its directory")]
@@ -205,7 +222,7 @@ impl Intake {
     }
 }
 
-fn now_ms() -> u64 {
+pub(super) fn now_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }

@@ -10,7 +10,7 @@ use waybill::protocol::{
     Control, DataFrame, FRAME_BYTES_MAX, FRAMES_OUTSTANDING_MAX, MESSAGE_BYTES_MAX, SUBPROTOCOL,
 };
 use waybill::record::framing::{SpoolRecord, spool_record};
-use waybill::record::{IdPrefix, IndexRule, SegmentId, SenderId};
+use waybill::record::{DocumentId, IdPrefix, IndexRule, SegmentId, SenderId};
 
 use crate::support::servers::{root, skip};
 use crate::support::waybill::Bench;
@@ -98,6 +98,10 @@ fn the_vectors_of_document_ids_are_what_we_compute() {
         checked += 1;
     }
     assert!(checked >= 6, "only {checked} vectors found");
+    let sender = SenderId("01890a5d-ac96-774b-bcce-b302099a8057".parse().expect("a UUID"));
+    let keyed = DocumentId::keyed(sender, b"key", 1_763_714_120_123, b"line");
+    let says = format!("key `key`, time 1763714120123 and payload `line` give `{keyed}`");
+    assert!(text.contains(&says), "{says}");
 }
 
 #[test]

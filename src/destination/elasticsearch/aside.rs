@@ -136,7 +136,7 @@ mod tests {
         }
         let mut order = Vec::new();
         while let Some(work) = aside.take(true).await {
-            order.push(work.stretch().hold.target.name.to_string());
+            order.push(work.stretch().target.name.to_string());
         }
         assert_eq!(order, ["first", "second", "last"]);
         assert!(Instant::now() >= later);

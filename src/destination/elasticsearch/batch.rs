@@ -10,24 +10,19 @@ use std::time::Duration;
 use crate::destination::Frame;
 use crate::parse::FrameTimes;
 use crate::protocol::{Run, Verdict};
-use crate::record::{DocumentId, Record, RecordKind};
+use crate::record::{Day, DocumentId, Framing, Record, RecordKind};
 
 use super::answer::Answers;
 use super::bulk::{Body, Sealed};
-use super::target::Target;
+use super::target::{Target, Targets};
 use super::verdict::{Attempt, Fate, Pause};
-
-/// A frame that lines under way belong to.
-#[derive(Debug)]
-pub(super) struct Hold {
-    pub(super) frame: Frame,
-    pub(super) target: Arc<Target>,
-}
 
 /// Neighbouring records of one frame that went through the same.
 #[derive(Clone, Debug)]
 pub(super) struct Stretch {
-    pub(super) hold: Arc<Hold>,
+    pub(super) frame: Arc<Frame>,
+    /// The index of its first record; of all, once [`Stretch::split`] was called.
+    pub(super) target: Arc<Target>,
     /// First byte, counted from the frame's.
     pub(super) from: u32,
     /// One past the last byte.
@@ -39,17 +34,60 @@ pub(super) struct Stretch {
 
 impl Stretch {
     /// All of a frame.
-    pub(super) fn whole(frame: Frame, target: Arc<Target>) -> Stretch {
+    pub(super) fn whole(frame: Frame, targets: &Targets) -> Stretch {
         let to = u32::try_from(frame.records.len());
         let to = to.expect("a frame has at most FRAME_BYTES_MAX bytes");
         let continues = frame.continues;
-        let hold = Arc::new(Hold { frame, target });
-        Stretch { hold, from: 0, to, continues, attempt: Attempt::FIRST }
+        let target = targets.get(&frame.segment.index);
+        let frame = Arc::new(frame);
+        let attempt = Attempt::FIRST;
+        let stretch = Stretch { frame, target, from: 0, to, continues, attempt };
+        stretch.aimed(targets)
+    }
+
+    /// Cuts it before its first record of another index and gives back the rest. Only records with
+    /// keys can differ in that, and only the spool has keys.
+    pub(super) fn split(&mut self, targets: &Targets) -> Option<Stretch> {
+        if !self.may_have_keys() {
+            return None;
+        }
+        let mut at = self.from;
+        let mut day = None;
+        let mut rest = None;
+        for record in self.records() {
+            let its_day = self.day_of(&record);
+            if *day.get_or_insert(its_day) != its_day {
+                rest = Some(Stretch { from: at, continues: record.continues, ..self.clone() });
+                break;
+            }
+            at += record.length as u32;
+        }
+        self.to = at;
+        rest.map(|rest| rest.aimed(targets))
+    }
+
+    /// With the index of its first record as target.
+    fn aimed(mut self, targets: &Targets) -> Stretch {
+        if self.may_have_keys() {
+            let day = self.records().next().map(|record| self.day_of(&record));
+            let day = day.unwrap_or(self.frame.segment.row.day);
+            self.target = targets.get(&self.frame.segment.index_on(day));
+        }
+        self
+    }
+
+    /// What is parked for its day has no index; it goes along with those of the row.
+    fn day_of(&self, record: &Record<'_>) -> Day {
+        self.frame.day_of(record).unwrap_or(self.frame.segment.row.day)
+    }
+
+    fn may_have_keys(&self) -> bool {
+        matches!(self.frame.segment.row.framing, Framing::Spool { .. })
     }
 
     /// Its records.
     pub(super) fn records(&self) -> impl Iterator<Item = Record<'_>> {
-        let frame = &self.hold.frame;
+        let frame = &self.frame;
         let bytes = &frame.records[self.from as usize..self.to as usize];
         let offset = self.offset(self.from);
         frame.segment.row.framing.records(bytes, offset, self.continues)
@@ -57,8 +95,13 @@ impl Stretch {
 
     /// The id of its first record's document.
     pub(super) fn first_id(&self) -> Option<DocumentId> {
-        let ids = &self.hold.frame.segment.ids;
-        self.records().next().map(|record| ids.id(record.offset, record.payload))
+        self.records().next().map(|record| self.frame.segment.ids.of(&record))
+    }
+
+    /// Why its first record, whose day is not accepted, is parked.
+    fn outside_days(&self) -> Arc<str> {
+        let first = self.records().next().and_then(|record| self.frame.day_of(&record).err());
+        Arc::from(first.map(|error| error.to_string()).unwrap_or_default())
     }
 
     /// Its bytes.
@@ -79,12 +122,12 @@ impl Stretch {
 
     fn answer_counted(&self, lines: u64, verdict: Verdict) {
         let (from, to) = (self.offset(self.from), self.offset(self.to));
-        self.hold.frame.reply.send_one(from, to, lines, verdict);
+        self.frame.reply.send_one(from, to, lines, verdict);
     }
 
     /// Where a byte of the frame lies in the segment.
     fn offset(&self, at: u32) -> u64 {
-        self.hold.frame.offset + u64::from(at)
+        self.frame.offset + u64::from(at)
     }
 }
 
@@ -130,8 +173,18 @@ struct Entry {
     /// One past its last byte, counted from the frame's first.
     to: u32,
     lines: u32,
-    kind: RecordKind,
+    kind: EntryKind,
     continues: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum EntryKind {
+    Document,
+    Skipped,
+    /// Its checksum in the spool is wrong.
+    Corrupt,
+    /// Its key's time is on a day that is not accepted.
+    OutsideDays,
 }
 
 impl Batch {
@@ -158,12 +211,12 @@ impl Batch {
     /// Writes the documents of a stretch; gives back the part that did not fit. The first record
     /// always fits into an empty batch.
     pub(super) fn add(&mut self, mut stretch: Stretch, ingested_at: u64) -> Option<Stretch> {
-        let hold = Arc::clone(&stretch.hold);
-        let segment = &hold.frame.segment;
-        let times = FrameTimes::new(hold.frame.read_at, ingested_at);
+        let frame = Arc::clone(&stretch.frame);
+        let segment = &frame.segment;
+        let times = FrameTimes::new(frame.read_at, ingested_at);
         let form = stretch.attempt.form;
         let (first_entry, first_document) = (self.entries.len(), self.body.documents());
-        self.body.target(&hold.target.name);
+        self.body.target(&stretch.target.name);
         let mut rest = None;
         let mut at = stretch.from;
         for record in stretch.records() {
@@ -172,17 +225,23 @@ impl Batch {
                 break;
             }
             at += record.length as u32;
-            if record.kind == RecordKind::Line {
-                let id = segment.ids.id(record.offset, record.payload);
-                self.body.create(&id, |out| segment.write_document(&record, &times, form, out));
-            }
-            self.note(&record, at, first_entry);
+            let kind = match record.kind {
+                RecordKind::Skipped => EntryKind::Skipped,
+                RecordKind::Corrupt => EntryKind::Corrupt,
+                RecordKind::Line if frame.day_of(&record).is_err() => EntryKind::OutsideDays,
+                RecordKind::Line => {
+                    let id = segment.ids.of(&record);
+                    self.body.create(&id, |out| segment.write_document(&record, &times, form, out));
+                    EntryKind::Document
+                }
+            };
+            self.note(kind, record.continues, at, first_entry);
         }
         let rest = rest.map(|(from, continues)| Stretch { from, continues, ..stretch.clone() });
         stretch.to = at;
         if self.entries.len() > first_entry {
             self.parts.push(Part {
-                stored_before: hold.target.view().stored,
+                stored_before: stretch.target.view().stored,
                 stretch,
                 entries: first_entry..self.entries.len(),
                 first_document,
@@ -197,18 +256,17 @@ impl Batch {
         (self.body.seal(), Sent { parts: self.parts, entries: self.entries })
     }
 
-    fn note(&mut self, record: &Record<'_>, to: u32, first_entry: usize) {
-        if record.kind == RecordKind::Skipped
+    fn note(&mut self, kind: EntryKind, continues: bool, to: u32, first_entry: usize) {
+        if kind == EntryKind::Skipped
             && self.entries.len() > first_entry
             && let Some(last) = self.entries.last_mut()
-            && last.kind == RecordKind::Skipped
+            && last.kind == EntryKind::Skipped
         {
             last.to = to;
             last.lines += 1;
             return;
         }
-        let entry = Entry { to, lines: 1, kind: record.kind, continues: record.continues };
-        self.entries.push(entry);
+        self.entries.push(Entry { to, lines: 1, kind, continues });
     }
 }
 
@@ -263,9 +321,13 @@ impl Sent {
         let mut from = part.stretch.from;
         for entry in &self.entries[part.entries.clone()] {
             let fate = match entry.kind {
-                RecordKind::Skipped => Fate::Skipped,
-                RecordKind::Corrupt => Fate::Park(Arc::from("corrupt spool record")),
-                RecordKind::Line => {
+                EntryKind::Skipped => Fate::Skipped,
+                EntryKind::Corrupt => Fate::Park(Arc::from("corrupt spool record")),
+                EntryKind::OutsideDays => {
+                    let stretch = Stretch { from, to: entry.to, ..part.stretch.clone() };
+                    Fate::Park(stretch.outside_days())
+                }
+                EntryKind::Document => {
                     document += 1;
                     judge.fate(part, document - 1, || {
                         let continues = entry.continues;
@@ -331,7 +393,8 @@ impl<'a> Sorter<'a> {
             Some((last, same))
                 if *same == next
                     && last.to == self.at
-                    && Arc::ptr_eq(&last.hold, &self.stretch.hold) =>
+                    && Arc::ptr_eq(&last.frame, &self.stretch.frame)
+                    && Arc::ptr_eq(&last.target, &self.stretch.target) =>
             {
                 last.to = entry.to;
             }
@@ -347,7 +410,7 @@ impl<'a> Sorter<'a> {
 
     fn send(&mut self) {
         let from = self.stretch.offset(self.closed_from);
-        self.stretch.hold.frame.reply.send(from, self.runs.drain(..));
+        self.stretch.frame.reply.send(from, self.runs.drain(..));
     }
 
     fn finish(mut self) {

@@ -166,8 +166,8 @@ impl DeadLetter {
             return shared.put_aside(now + shared.conflict_pause, Work::Park(again));
         }
         tracing::warn!(
-            index = %parking.stretch.hold.target.name,
-            sender = %parking.stretch.hold.frame.segment.sender_name,
+            index = %parking.stretch.target.name,
+            sender = %parking.stretch.frame.segment.sender_name,
             reason = %parking.reason,
             "line parked"
         );
@@ -194,8 +194,10 @@ fn describe(answer: &Answer) -> String {
 }
 
 fn write_line(stretch: &Stretch, record: &Record<'_>, reason: &str, now_ms: u64, body: &mut Body) {
-    let segment = &stretch.hold.frame.segment;
-    let id = segment.ids.id(record.offset, record.payload);
+    let segment = &stretch.frame.segment;
+    let id = segment.ids.of(record);
+    let day = stretch.frame.day_of(record).unwrap_or_else(|outside| outside.day);
+    let index = segment.index_on(day);
     let text = std::str::from_utf8(record.payload).ok();
     let cuts = cuts(record.payload, text);
     let pieces = u32::try_from(cuts.len()).expect("a record has RECORD_BYTES_MAX bytes at most");
@@ -209,7 +211,7 @@ fn write_line(stretch: &Stretch, record: &Record<'_>, reason: &str, now_ms: u64,
             path: &segment.row.path,
             segment: segment.row.segment.to_string(),
             offset: record.offset,
-            index: &segment.index,
+            index: &index,
             piece: (pieces > 1).then_some(number),
             pieces: (pieces > 1).then_some(pieces),
             line: text.map(|text| &text[cut.clone()]),

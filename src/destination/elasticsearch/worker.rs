@@ -76,10 +76,7 @@ impl Worker {
                     None => return,
                 },
                 frame = shared.queue.pop(), if !closed => match frame {
-                    Some(frame) => {
-                        let target = shared.targets.get(&frame.segment.index);
-                        Work::Index(Stretch::whole(frame, target))
-                    }
+                    Some(frame) => Work::Index(Stretch::whole(frame, &shared.targets)),
                     None => {
                         closed = true;
                         continue;
@@ -111,10 +108,7 @@ impl Worker {
                     break;
                 }
                 None => match shared.queue.try_pop() {
-                    Some(frame) => {
-                        let target = shared.targets.get(&frame.segment.index);
-                        Stretch::whole(frame, target)
-                    }
+                    Some(frame) => Stretch::whole(frame, &shared.targets),
                     None => break,
                 },
             };
@@ -134,10 +128,23 @@ impl Worker {
         self.keep(open, judge.busy).await
     }
 
-    /// Adds lines to a batch, unless their index takes none.
-    async fn admit(&self, stretch: Stretch, batch: &mut Batch) {
+    /// Adds lines to a batch, index by index.
+    async fn admit(&self, mut stretch: Stretch, batch: &mut Batch) {
         let shared = &self.shared;
-        let target = Arc::clone(&stretch.hold.target);
+        while let Some(rest) = stretch.split(&shared.targets) {
+            self.admit_one_index(stretch, batch).await;
+            if !batch.has_room() {
+                return shared.aside.hand_on(Work::Index(rest));
+            }
+            stretch = rest;
+        }
+        self.admit_one_index(stretch, batch).await;
+    }
+
+    /// Adds lines to a batch, unless their index takes none.
+    async fn admit_one_index(&self, stretch: Stretch, batch: &mut Batch) {
+        let shared = &self.shared;
+        let target = Arc::clone(&stretch.target);
         if let Some((reason, after)) = target.trouble(Instant::now()) {
             return stretch.defer(&reason, after);
         }
@@ -161,7 +168,7 @@ impl Worker {
     /// Notes what the answers say of their indices.
     async fn learn(&self, parts: &[Part], answers: &Answers) {
         for part in parts {
-            let target = &part.stretch.hold.target;
+            let target = &part.stretch.target;
             let documents = part.documents();
             let stored = match answers {
                 Answers::AllStored(_) => documents.len(),
@@ -252,7 +259,7 @@ impl Answered<'_> {
 impl Judge for Answered<'_> {
     fn fate(&mut self, part: &Part, document: usize, single: impl FnOnce() -> Stretch) -> Fate {
         let answer = self.outcome.answers.get(document);
-        let target = &part.stretch.hold.target;
+        let target = &part.stretch.target;
         let attempt = part.stretch.attempt;
         self.busy |= matches!(answer, Answer::Busy(_));
         let refused = matches!(answer, Answer::Refused(_) | Answer::Broken(_));
@@ -277,7 +284,7 @@ impl Judge for Answered<'_> {
     }
 
     fn delay(&mut self, part: &Part, fate: &Fate) -> Duration {
-        let target = &part.stretch.hold.target;
+        let target = &part.stretch.target;
         match (&self.delay, fate) {
             (Some((of, delay)), _) if Arc::ptr_eq(of, target) => *delay,
             (_, fate) => {

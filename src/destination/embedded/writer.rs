@@ -12,7 +12,7 @@ use serde::Deserialize;
 use crate::destination::Frame;
 use crate::parse::{Form, FrameTimes, Segment};
 use crate::protocol::{Run, Verdict};
-use crate::record::{DocumentId, Record, RecordKind};
+use crate::record::{Day, DocumentId, Record, RecordKind};
 
 /// The connection, and what is remembered from batch to batch.
 pub(super) struct Writer {
@@ -73,6 +73,8 @@ pub(super) struct Batch<'w> {
 pub(super) struct OpenSegment {
     /// Under which its lines stand.
     number: i64,
+    /// The day of its index.
+    day: Day,
     /// Newest time of a line that was added, for retention.
     newest: i64,
 }
@@ -101,7 +103,7 @@ impl Batch<'_> {
     /// Adds a frame's records. An error is the store's, never a line's: roll back.
     pub(super) fn frame(&mut self, frame: &Frame, now: u64) -> rusqlite::Result<Runs> {
         let segment = &*frame.segment;
-        let mut lines = self.open(segment)?;
+        let mut lines = self.open(segment, segment.row.day)?;
         let times = FrameTimes::new(frame.read_at, now);
         let mut document = std::mem::take(self.document);
         let mut runs = Runs::default();
@@ -112,21 +114,28 @@ impl Batch<'_> {
                 RecordKind::Corrupt => {
                     self.park(segment, &record, read_at, "its checksum in the spool is wrong")?
                 }
-                RecordKind::Line => {
-                    document.clear();
-                    segment.write_document(&record, &times, Form::Full, &mut document);
-                    let line = Line {
-                        id: segment.ids.id(record.offset, record.payload),
-                        offset: record.offset,
-                        payload: record.payload,
-                        document: &document,
-                        read_at,
-                    };
-                    match self.line(&mut lines, &line)? {
-                        Ok(verdict) => verdict,
-                        Err(reason) => self.park(segment, &record, read_at, &reason)?,
+                RecordKind::Line => match frame.day_of(&record) {
+                    Err(outside) => self.park(segment, &record, read_at, &outside.to_string())?,
+                    Ok(day) => {
+                        if day != lines.day {
+                            self.close(&lines)?;
+                            lines = self.open(segment, day)?;
+                        }
+                        document.clear();
+                        segment.write_document(&record, &times, Form::Full, &mut document);
+                        let line = Line {
+                            id: segment.ids.of(&record),
+                            offset: record.offset,
+                            payload: record.payload,
+                            document: &document,
+                            read_at,
+                        };
+                        match self.line(&mut lines, &line)? {
+                            Ok(verdict) => verdict,
+                            Err(reason) => self.park(segment, &record, read_at, &reason)?,
+                        }
                     }
-                }
+                },
             };
             runs.push(record.offset + record.length as u64, verdict);
         }
@@ -182,7 +191,7 @@ impl Batch<'_> {
         time: u64,
         reason: &str,
     ) -> rusqlite::Result<Verdict> {
-        let id = segment.ids.id(record.offset, record.payload);
+        let id = segment.ids.of(record);
         self.transaction
             .prepare_cached(
                 "INSERT INTO parked (id, reason, time, sender, source, path, offset, line) \
@@ -203,9 +212,9 @@ impl Batch<'_> {
         Ok(Verdict::Parked { reason: reason.to_owned() })
     }
 
-    /// Finds the segment's row or makes it. It is looked up anew for each frame, because retention
+    /// Finds the segment's row for the index of a day, or makes it. It is looked up anew for each frame, because retention
     /// may have deleted it since.
-    pub(super) fn open(&mut self, segment: &Segment) -> rusqlite::Result<OpenSegment> {
+    pub(super) fn open(&mut self, segment: &Segment, day: Day) -> rusqlite::Result<OpenSegment> {
         // The update changes nothing but makes RETURNING speak where the row is there.
         let number = self
             .transaction
@@ -218,12 +227,12 @@ impl Batch<'_> {
                 params![
                     &segment.row.segment.0.as_bytes()[..],
                     &segment.sender.0.as_bytes()[..],
-                    segment.index,
+                    segment.index_on(day),
                     i64::MIN
                 ],
                 |row| row.get(0),
             )?;
-        Ok(OpenSegment { number, newest: i64::MIN })
+        Ok(OpenSegment { number, day, newest: i64::MIN })
     }
 
     /// Notes the newest line of the segment.

@@ -1,6 +1,7 @@
 //! The whole destination at work: a server that is scripted per test, with real sockets and real
 //! HTTP, and, where one is named, a real Elasticsearch.
 
+mod keyed;
 mod real;
 mod rules;
 
@@ -19,8 +20,8 @@ use super::*;
 use crate::config::ElasticsearchAuth;
 use crate::destination::{Frame, Inbox, Reply};
 use crate::parse::Segment;
-use crate::protocol::Verdict;
-use crate::record::{Framing, Row, SegmentId, SenderId};
+use crate::protocol::{DayBounds, Verdict};
+use crate::record::{Day, Framing, Row, SegmentId, SenderId};
 
 /// A request as the server saw it.
 #[derive(Clone, Debug)]
@@ -193,6 +194,12 @@ fn segment(index: &str, framing: Framing) -> Arc<Segment> {
     Arc::new(Segment::new(row, SenderId::mint(), "web1".to_owned(), index.to_owned()))
 }
 
+/// The day of [`segment`] and the next.
+fn days() -> DayBounds {
+    let day: Day = "2026-11-21".parse().expect("a day");
+    DayBounds { from: day, to: day.plus(1) }
+}
+
 fn lines(index: &str) -> Arc<Segment> {
     segment(index, Framing::LINES)
 }
@@ -205,11 +212,12 @@ pub(super) fn stretch(index: &str) -> batch::Stretch {
         offset: 0,
         read_at: 0,
         continues: false,
+        days: days(),
         records: Bytes::from_static(b"line\n"),
         reply: Reply::new(Arc::default(), 1),
         memory,
     };
-    batch::Stretch::whole(frame, target::Targets::default().get(index))
+    batch::Stretch::whole(frame, &target::Targets::default())
 }
 
 const PAUSE: Duration = Duration::from_millis(60);
@@ -251,6 +259,7 @@ impl Bench {
             offset: 1000,
             read_at: 1_700_000_000_000,
             continues: false,
+            days: days(),
             records: records.clone(),
             reply: Reply::new(Arc::clone(&inbox), 1),
             memory: Arc::clone(&self.memory).try_acquire_owned().expect("memory"),
@@ -270,7 +279,7 @@ impl Sent {
     fn id(&self, record: usize) -> String {
         let records = self.segment.row.framing.records(&self.records, 1000, false);
         let record = records.into_iter().nth(record).expect("a record");
-        self.segment.ids.id(record.offset, record.payload).to_string()
+        self.segment.ids.of(&record).to_string()
     }
 
     /// Waits until so many bytes have a verdict.
