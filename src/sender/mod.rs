@@ -118,7 +118,10 @@ impl Context {
             Input::UnixDatagram { path, .. } | Input::UnixStream { path, .. } => {
                 crate::record::escape_path(path)
             }
-            Input::Files { .. } | Input::Stdin => String::new(),
+            Input::Files { .. }
+            | Input::Stdin
+            | Input::SyslogUdp { .. }
+            | Input::SyslogTcp { .. } => String::new(),
         }
     }
 }

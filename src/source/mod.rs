@@ -2,7 +2,9 @@
 
 pub mod files;
 
+mod connection;
 pub mod datagram;
+mod drops;
 mod framer;
 mod socket;
 pub mod stdin;

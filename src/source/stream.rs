@@ -1,25 +1,27 @@
-//! A Unix stream socket, such as syslog-ng's `unix-stream()` destination writes to.
+//! Listeners for streams of lines or octet-counted messages (RFC 6587): a Unix socket, such as
+//! syslog-ng's `unix-stream()` destination writes to, and syslog over TCP or TLS (RFC 5425).
 //!
 //! A peer counts a line as delivered when its `write` returns, so what it wrote must not die with
-//! an orderly stop: the stop refuses further writes and then reads what is there. Full means not
-//! reading, which the peer's own flow control sees.
+//! an orderly stop. Full means not reading, which the peer's own flow control sees.
 
-use std::os::unix::net::UnixListener as StdListener;
+use std::io;
+use std::net::{SocketAddr, TcpListener as StdTcpListener};
+use std::os::unix::net::UnixListener as StdUnixListener;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::net::Shutdown;
-use tokio::io::AsyncReadExt;
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::framer::Framer;
+use super::connection::Accepted;
 use super::socket::{BindError, Intake, SocketFile, SourceError};
+use crate::config::ServerTls;
 use crate::record::escape_path;
 use crate::spool::{Spool, Throttle};
+use crate::tls::Acceptor;
 
 /// Connections served at a time, each with at most one longest record in memory; more wait in the
 /// kernel's backlog.
@@ -31,8 +33,15 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 /// A bound socket, before its first connection is accepted.
 #[derive(Debug)]
 pub struct StreamSource {
-    listener: StdListener,
-    file: SocketFile,
+    bound: Bound,
+    /// As log lines name it: the path, or the address.
+    name: String,
+}
+
+#[derive(Debug)]
+enum Bound {
+    Unix { listener: StdUnixListener, file: SocketFile },
+    Tcp { listener: StdTcpListener, tls: Option<Acceptor> },
 }
 
 impl StreamSource {
@@ -43,15 +52,37 @@ impl StreamSource {
     /// Where somebody listens there, something else lies there, or the directory is missing.
     pub fn bind(path: &Path, mode: u32) -> Result<StreamSource, BindError> {
         let (listener, file) = SocketFile::bind(path, mode, |path| {
-            let listener = StdListener::bind(path)?;
+            let listener = StdUnixListener::bind(path)?;
             listener.set_nonblocking(true)?;
             Ok(listener)
         })?;
-        tracing::info!(socket = %escape_path(path), "listening for connections");
-        Ok(StreamSource { listener, file })
+        let name = escape_path(path);
+        tracing::info!(socket = %name, "listening for connections");
+        Ok(StreamSource { bound: Bound::Unix { listener, file }, name })
     }
 
-    /// Spools what peers write until the stop. Then the file is unlinked, what was written by then
+    /// Binds a TCP address, where peers speak plainly or, with a certificate, TLS. Port 0 takes a
+    /// free one, which is logged.
+    ///
+    /// # Errors
+    ///
+    /// Where the address is in use, is none of this machine's, or may not be bound; where the
+    /// certificate or its key is unfit.
+    pub fn bind_tcp(
+        address: SocketAddr,
+        tls: Option<&ServerTls>,
+    ) -> Result<StreamSource, BindError> {
+        let tls = tls.map(Acceptor::new).transpose()?;
+        // The standard library sets SO_REUSEADDR: a restart need not wait for TIME_WAIT.
+        let listener = StdTcpListener::bind(address)
+            .and_then(|listener| listener.set_nonblocking(true).map(|()| listener))
+            .map_err(|source| BindError::address(address, source))?;
+        let name = listener.local_addr().unwrap_or(address).to_string();
+        tracing::info!(socket = %name, tls = tls.is_some(), "listening for connections");
+        Ok(StreamSource { bound: Bound::Tcp { listener, tls }, name })
+    }
+
+    /// Spools what peers write until the stop. Then peers are told to end, what they wrote by then
     /// is read, and all is synced.
     ///
     /// # Errors
@@ -62,16 +93,26 @@ impl StreamSource {
         spool: Arc<Spool>,
         shutdown: CancellationToken,
     ) -> Result<(), SourceError> {
-        let path = escape_path(self.file.path());
-        let listener = UnixListener::from_std(self.listener)
-            .map_err(|source| SourceError::Read { from: path.clone(), source })?;
-        let server = Server {
-            path,
+        let (listener, tls, file) = match self.bound {
+            Bound::Unix { listener, file } => {
+                (UnixListener::from_std(listener).map(Listener::Unix), None, Some(file))
+            }
+            Bound::Tcp { listener, tls } => {
+                (TcpListener::from_std(listener).map(Listener::Tcp), tls, None)
+            }
+        };
+        let listener =
+            listener.map_err(|source| SourceError::Read { from: self.name.clone(), source })?;
+        let server = Arc::new(Server {
+            name: self.name,
+            tls,
             intake: Intake { spool: spool.clone(), shutdown },
             connections: TaskTracker::new(),
-        };
+        });
         server.accept(&listener).await;
-        self.file.unlink();
+        if let Some(file) = file {
+            file.unlink();
+        }
         server.accept_backlog(listener);
         server.connections.close();
         server.connections.wait().await;
@@ -79,14 +120,59 @@ impl StreamSource {
     }
 }
 
+enum Listener {
+    Unix(UnixListener),
+    Tcp(TcpListener),
+}
+
+impl Listener {
+    async fn accept(&self) -> io::Result<Accepted> {
+        match self {
+            Listener::Unix(listener) => {
+                listener.accept().await.map(|(stream, _)| Accepted::Unix(stream))
+            }
+            Listener::Tcp(listener) => {
+                listener.accept().await.map(|(stream, peer)| Accepted::Tcp(stream, peer))
+            }
+        }
+    }
+
+    /// Takes each connection that the kernel holds, then closes.
+    fn close(self, mut take: impl FnMut(Accepted)) {
+        match self {
+            Listener::Unix(listener) => {
+                let Ok(listener) = listener.into_std() else { return };
+                while let Ok((stream, _)) = listener.accept() {
+                    if stream.set_nonblocking(true).is_ok()
+                        && let Ok(stream) = UnixStream::from_std(stream)
+                    {
+                        take(Accepted::Unix(stream));
+                    }
+                }
+            }
+            Listener::Tcp(listener) => {
+                let Ok(listener) = listener.into_std() else { return };
+                while let Ok((stream, peer)) = listener.accept() {
+                    if stream.set_nonblocking(true).is_ok()
+                        && let Ok(stream) = TcpStream::from_std(stream)
+                    {
+                        take(Accepted::Tcp(stream, peer));
+                    }
+                }
+            }
+        }
+    }
+}
+
 struct Server {
-    path: String,
+    name: String,
+    tls: Option<Acceptor>,
     intake: Intake,
     connections: TaskTracker,
 }
 
 impl Server {
-    async fn accept(&self, listener: &UnixListener) {
+    async fn accept(self: &Arc<Self>, listener: &Listener) {
         let permits = Arc::new(Semaphore::new(CONNECTIONS_MAX));
         let (crowded, failed) = (Throttle::default(), Throttle::default());
         let next = async {
@@ -95,7 +181,7 @@ impl Server {
                     && let Some(times) = crowded.count()
                 {
                     tracing::warn!(
-                        socket = %self.path, times,
+                        socket = %self.name, times,
                         "{CONNECTIONS_MAX} connections are open: further ones wait",
                     );
                 }
@@ -103,11 +189,11 @@ impl Server {
                     return;
                 };
                 match listener.accept().await {
-                    Ok((stream, _)) => self.spawn(stream, Some(permit)),
+                    Ok(accepted) => self.spawn(accepted, Some(permit)),
                     Err(error) => {
                         if let Some(times) = failed.count() {
                             tracing::error!(
-                                socket = %self.path, %error, times,
+                                socket = %self.name, %error, times,
                                 "cannot accept a connection; raise LimitNOFILE if descriptors ran out",
                             );
                         }
@@ -124,71 +210,17 @@ impl Server {
     }
 
     /// Takes the connections that nobody accepted before the stop: their peers may have written.
-    fn accept_backlog(&self, listener: UnixListener) {
-        let Ok(listener) = listener.into_std() else {
-            return;
-        };
-        while let Ok((stream, _)) = listener.accept() {
-            if stream.set_nonblocking(true).is_ok()
-                && let Ok(stream) = UnixStream::from_std(stream)
-            {
-                self.spawn(stream, None);
-            }
-        }
+    fn accept_backlog(self: &Arc<Self>, listener: Listener) {
+        listener.close(|accepted| self.spawn(accepted, None));
     }
 
-    fn spawn(&self, stream: UnixStream, permit: Option<OwnedSemaphorePermit>) {
-        let (path, intake) = (self.path.clone(), self.intake.clone());
+    fn spawn(self: &Arc<Self>, accepted: Accepted, permit: Option<OwnedSemaphorePermit>) {
+        let server = self.clone();
         self.connections.spawn(async move {
-            serve(stream, &path, &intake).await;
+            accepted.serve(&server.name, server.tls.as_ref(), &server.intake).await;
             drop(permit);
         });
     }
-}
-
-/// Reads one connection to its end, or to what was written before the stop.
-async fn serve(mut stream: UnixStream, path: &str, intake: &Intake) {
-    let mut framer = Framer::detecting();
-    let mut stopping = false;
-    'connection: loop {
-        if !stopping {
-            intake.room().await;
-        }
-        let read = tokio::select! {
-            biased;
-            () = intake.shutdown.cancelled(), if !stopping => {
-                stopping = true;
-                // The peer's next write fails; what it wrote before is read to its end.
-                if let Err(error) = rustix::net::shutdown(&stream, Shutdown::Read) {
-                    tracing::debug!(socket = path, %error, "the peer was gone already");
-                }
-                continue;
-            }
-            read = stream.read_buf(framer.space()) => read,
-        };
-        match read {
-            Ok(0) => break,
-            Ok(_) => {}
-            Err(error) => {
-                tracing::warn!(socket = path, %error, "a connection broke");
-                break;
-            }
-        }
-        loop {
-            match framer.next() {
-                Ok(Some(record)) => intake.append(&record).await,
-                Ok(None) => break,
-                Err(error) => {
-                    tracing::warn!(
-                        socket = path, %error,
-                        "connection closed: mend the peer's framing, or let it end lines by newline",
-                    );
-                    break 'connection;
-                }
-            }
-        }
-    }
-    intake.append(&framer.finish()).await;
 }
 
 #[cfg(test)]
@@ -196,7 +228,7 @@ pub(super) mod tests {
     use std::io;
 
     use tempfile::TempDir;
-    use tokio::io::AsyncWriteExt;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
     use crate::record::{Framing, RECORD_BYTES_MAX};
