@@ -277,6 +277,18 @@ fn element(bytes: &[u8], tag: u8) -> Option<(&[u8], &[u8])> {
     rest.split_at_checked(length)
 }
 
+/// Connects as a peer does that trusts `authority`, to a certificate of `localhost`.
+#[cfg(test)]
+pub(crate) async fn dial_for_test(
+    address: &str,
+    authority: &Path,
+) -> tokio_rustls::client::TlsStream<tokio::net::TcpStream> {
+    let config = client_config(Some(authority)).expect("a configuration");
+    let stream = tokio::net::TcpStream::connect(address).await.expect("connect");
+    let name = rustls::pki_types::ServerName::try_from("localhost").expect("a name");
+    tokio_rustls::TlsConnector::from(config).connect(name, stream).await.expect("a handshake")
+}
+
 #[cfg(test)]
 mod tests {
     use rcgen::{CertificateParams, KeyPair, date_time_ymd};

@@ -130,9 +130,7 @@ async fn read(mut connection: impl Connection, names: &Names<'_>, intake: &Intak
             biased;
             () = intake.shutdown.cancelled(), if farewell.is_none() => {
                 farewell = Some((Instant::now() + FAREWELL, FAREWELL_BYTES_MAX));
-                if let Err(error) = connection.refuse().await {
-                    tracing::debug!(socket, peer, %error, "the peer was gone already");
-                }
+                refuse(&mut connection, names).await;
                 continue;
             }
             read = connection.read_buf(framer.space()) => read,
@@ -178,4 +176,15 @@ async fn read(mut connection: impl Connection, names: &Names<'_>, intake: &Intak
         }
     }
     intake.append(&framer.finish()).await;
+    if farewell.is_none() {
+        refuse(&mut connection, names).await;
+    }
+}
+
+async fn refuse(connection: &mut impl Connection, Names { socket, peer }: &Names<'_>) {
+    // TLS has a last word to write, for which a peer may leave no room.
+    let refused = tokio::time::timeout(FAREWELL, connection.refuse()).await;
+    if let Ok(Err(error)) = refused {
+        tracing::debug!(socket, peer, %error, "the peer was gone already");
+    }
 }

@@ -349,6 +349,44 @@ mod tests {
         assert!(records.iter().all(|record| record.len() <= RECORD_BYTES_MAX));
     }
 
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_is_queued_at_a_stop_is_taken_though_udp_senders_go_on() {
+        let dir = TempDir::new().expect("dir");
+        let loopback = SocketAddr::from(([127, 0, 0, 1], 0));
+        let source = DatagramSource::bind_udp(loopback, 1 << 20).expect("bind");
+        let address = source.name.clone();
+        let budget = Arc::new(Budget::new(1 << 30));
+        let spool = Arc::new(Spool::open(&dir.path().join("spool"), budget).expect("spool"));
+        let client = UdpSocket::bind("127.0.0.1:0").expect("socket");
+        client.connect(address).expect("connect");
+        for number in 0..100 {
+            client.send(format!("<13>line {number}\n").as_bytes()).expect("send");
+        }
+        let over = CancellationToken::new();
+        let going_on = over.clone();
+        let flood = tokio::task::spawn_blocking(move || {
+            while !going_on.is_cancelled() {
+                let _ = client.send(b"more");
+            }
+        });
+        let shutdown = CancellationToken::new();
+        shutdown.cancel();
+        source.run(spool.clone(), shutdown).await.expect("an end all the same");
+        over.cancel();
+        flood.await.expect("flood");
+        let records = spooled(&spool);
+        let expected: Vec<_> = (0..100).map(|n| format!("<13>line {n}").into_bytes()).collect();
+        assert_eq!(records[..100], expected);
+    }
+
+    #[test]
+    fn a_udp_address_in_use_says_so() {
+        let holder = UdpSocket::bind("127.0.0.1:0").expect("bind");
+        let address = holder.local_addr().expect("address");
+        let error = DatagramSource::bind_udp(address, 1 << 20).expect_err("in use");
+        assert!(matches!(error, BindError::AddressInUse { .. }), "{error}");
+    }
+
     /// Full means that nothing more is taken from the kernel's queue, and a stop still loses
     /// nothing that is in it.
     #[tokio::test(flavor = "multi_thread")]

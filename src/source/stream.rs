@@ -225,7 +225,8 @@ impl Server {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use std::io;
+    use std::io::{self, Read, Write};
+    use std::net::TcpStream as StdTcpStream;
 
     use tempfile::TempDir;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -278,6 +279,135 @@ pub(super) mod tests {
             assert!(!self.path.exists(), "unlinked on a clean stop");
             spooled(&self.spool)
         }
+    }
+
+    struct Network {
+        _dir: TempDir,
+        address: String,
+        spool: Arc<Spool>,
+        shutdown: CancellationToken,
+        task: tokio::task::JoinHandle<Result<(), SourceError>>,
+    }
+
+    fn loopback() -> SocketAddr {
+        SocketAddr::from(([127, 0, 0, 1], 0))
+    }
+
+    fn listen(tls: Option<&ServerTls>) -> Network {
+        let dir = TempDir::new().expect("dir");
+        let source = StreamSource::bind_tcp(loopback(), tls).expect("bind");
+        let address = source.name.clone();
+        let budget = Arc::new(Budget::new(1 << 30));
+        let spool = Arc::new(Spool::open(&dir.path().join("spool"), budget).expect("spool"));
+        let shutdown = CancellationToken::new();
+        let task = tokio::spawn(source.run(spool.clone(), shutdown.clone()));
+        Network { _dir: dir, address, spool, shutdown, task }
+    }
+
+    impl Network {
+        async fn stop(self) -> Vec<Vec<u8>> {
+            self.shutdown.cancel();
+            self.task.await.expect("task").expect("synced");
+            spooled(&self.spool)
+        }
+    }
+
+    #[tokio::test]
+    async fn one_peers_lie_or_endless_line_is_no_other_peers_trouble() {
+        let network = listen(None);
+        let mut liar = TcpStream::connect(&network.address).await.expect("connect");
+        liar.write_all(b"5 <13>a99999999 <13>b").await.expect("write");
+        let mut rest = Vec::new();
+        let _ = liar.read_to_end(&mut rest).await;
+        let mut endless = TcpStream::connect(&network.address).await.expect("connect");
+        endless.write_all(&vec![b'x'; RECORD_BYTES_MAX + 1]).await.expect("write");
+        let mut honest = TcpStream::connect(&network.address).await.expect("connect");
+        honest.write_all(b"fine\n").await.expect("write");
+        drop((endless, honest));
+        let mut records = network.stop().await;
+        records.sort();
+        let cut = vec![b'x'; RECORD_BYTES_MAX];
+        assert_eq!(records, [&b"<13>a"[..], b"<13>b", b"fine", b"x", &cut]);
+    }
+
+    #[test]
+    fn an_address_in_use_says_so() {
+        let holder = StdTcpListener::bind(loopback()).expect("bind");
+        let address = holder.local_addr().expect("address");
+        let error = StreamSource::bind_tcp(address, None).expect_err("in use");
+        assert!(matches!(error, BindError::AddressInUse { .. }), "{error}");
+        let elsewhere = SocketAddr::from(([192, 0, 2, 1], 0));
+        let error = StreamSource::bind_tcp(elsewhere, None).expect_err("not ours");
+        assert!(matches!(error, BindError::AddressElsewhere { .. }), "{error}");
+    }
+
+    /// A peer that ends its connection when it is told to (as syslog daemons do) loses nothing,
+    /// whatever it wrote until it noticed.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_peer_that_heeds_the_end_loses_no_line_at_a_stop() {
+        let network = listen(None);
+        let address = network.address.clone();
+        let (begun, writing) = tokio::sync::oneshot::channel();
+        let peer = tokio::task::spawn_blocking(move || {
+            let mut peer = StdTcpStream::connect(address).expect("connect");
+            peer.set_nonblocking(true).expect("nonblocking");
+            let mut begun = Some(begun);
+            let mut sent: u64 = 0;
+            let mut told = [0; 1];
+            while !matches!(peer.read(&mut told), Ok(0)) {
+                peer.set_nonblocking(false).expect("blocking");
+                peer.write_all(format!("line {sent}\n").as_bytes()).expect("write");
+                peer.set_nonblocking(true).expect("nonblocking");
+                sent += 1;
+                if let Some(begun) = begun.take_if(|_| sent > 100) {
+                    begun.send(()).expect("the test waits");
+                }
+            }
+            sent
+        });
+        writing.await.expect("lines are written");
+        let records = network.stop().await;
+        let sent = peer.await.expect("peer");
+        let expected: Vec<_> = (0..sent).map(|n| format!("line {n}").into_bytes()).collect();
+        assert_eq!(records, expected);
+    }
+
+    /// One that neither writes nor ends holds a stop up for a moment only.
+    #[tokio::test]
+    async fn an_idle_peer_that_never_ends_does_not_hold_up_a_stop() {
+        let network = listen(None);
+        let mut peer = TcpStream::connect(&network.address).await.expect("connect");
+        peer.write_all(b"a line\nunfinished").await.expect("write");
+        assert_eq!(network.stop().await, [&b"a line"[..], b"unfinished"]);
+        drop(peer);
+    }
+
+    fn certificate(dir: &Path) -> (ServerTls, std::path::PathBuf) {
+        let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).expect("made");
+        let files = ServerTls { certificate: dir.join("cert.pem"), key: dir.join("key.pem") };
+        std::fs::write(&files.certificate, made.cert.pem()).expect("write");
+        std::fs::write(&files.key, made.signing_key.serialize_pem()).expect("write");
+        let authority = files.certificate.clone();
+        (files, authority)
+    }
+
+    /// RFC 5425: octet-counted messages within TLS; a peer that speaks plainly gets no further.
+    #[tokio::test]
+    async fn lines_come_through_tls_and_plain_peers_are_refused() {
+        let dir = TempDir::new().expect("dir");
+        let (files, authority) = certificate(dir.path());
+        let network = listen(Some(&files));
+        let mut plain = TcpStream::connect(&network.address).await.expect("connect");
+        plain.write_all(b"<13>not encrypted\n").await.expect("write");
+        let mut answer = Vec::new();
+        // An alert, or a reset: either way an end.
+        let _ = plain.read_to_end(&mut answer).await;
+        let mut peer = crate::tls::dial_for_test(&network.address, &authority).await;
+        peer.write_all(b"6 <13>ab9 <13>count").await.expect("write");
+        peer.shutdown().await.expect("close_notify");
+        let mut rest = Vec::new();
+        peer.read_to_end(&mut rest).await.expect("a clean end");
+        assert_eq!(network.stop().await, [&b"<13>ab"[..], b"<13>count"]);
     }
 
     /// Whatever was written when the stop came is spooled, accepted or not, ended or not.
