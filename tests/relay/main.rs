@@ -4,3 +4,4 @@ mod support;
 
 mod files;
 mod servers_smoke;
+mod syslog_network;
