@@ -227,27 +227,29 @@ impl Drain {
         }
     }
 
-    /// Waits until the spool has room; what the kernel drops meanwhile is reported meanwhile.
-    fn wait_for_room(&mut self) {
-        let waited = match &mut self.drops {
-            None => self.runtime.block_on(self.intake.room()),
-            Some(drops) => {
-                let (intake, socket, name) = (&self.intake, &self.socket, &self.name);
-                self.runtime.block_on(async {
-                    let room = intake.room();
-                    tokio::pin!(room);
-                    loop {
-                        tokio::select! {
-                            biased;
-                            waited = &mut room => return waited,
-                            () = tokio::time::sleep(drops::LOOK_INTERVAL) => {
-                                drops.look(&**socket, name);
-                            }
-                        }
-                    }
-                })
+    /// Runs what may have to wait for the spool; what the kernel drops meanwhile is reported
+    /// meanwhile.
+    fn wait<'s, T, F>(&'s mut self, future: impl FnOnce(&'s Intake) -> F) -> T
+    where
+        F: Future<Output = T> + 's,
+    {
+        let future = future(&self.intake);
+        let Some(drops) = &mut self.drops else { return self.runtime.block_on(future) };
+        let (socket, name) = (&*self.socket, &self.name);
+        self.runtime.block_on(async {
+            tokio::pin!(future);
+            loop {
+                tokio::select! {
+                    biased;
+                    done = &mut future => return done,
+                    () = tokio::time::sleep(drops::LOOK_INTERVAL) => drops.look(socket, name),
+                }
             }
-        };
+        })
+    }
+
+    fn wait_for_room(&mut self) {
+        let waited = self.wait(Intake::room);
         if waited && let Some(times) = self.waited.count() {
             tracing::warn!(
                 socket = %self.name, times,
@@ -258,7 +260,7 @@ impl Drain {
     }
 
     /// One record per datagram (RFC 5426 §3.1), less one newline at its end.
-    fn spool(&self, datagram: &[u8], length: usize) {
+    fn spool(&mut self, datagram: &[u8], length: usize) {
         if length > datagram.len()
             && let Some(times) = self.truncated.count()
         {
@@ -269,7 +271,7 @@ impl Drain {
         }
         let payload = datagram.strip_suffix(b"\n").unwrap_or(datagram);
         if !payload.is_empty() {
-            self.runtime.block_on(self.intake.append(payload));
+            self.wait(|intake| intake.append(payload));
         }
     }
 }
