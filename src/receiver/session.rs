@@ -233,7 +233,7 @@ impl Session {
         if *rule != self.terms.rule && !self.terms.former_rules.contains(rule) {
             let reason = format!(
                 "its lines began under another index rule; at the receiver, add this to its \
-                 configuration: former_rules = [{:?}]",
+                 configuration: former_index = [{:?}]",
                 rule.as_str()
             );
             return Err((RefusalCode::Rule, reason));

@@ -371,7 +371,7 @@ async fn a_refused_segment_names_the_line_that_mends_it_and_the_others_go_on() {
         (
             Row { rule: rule("mine-{type}"), ..good.clone() },
             RefusalCode::Rule,
-            r#"former_rules = ["mine-{type}"]"#,
+            r#"former_index = ["mine-{type}"]"#,
         ),
         (
             Row { type_name: "secret".parse().expect("type"), ..good.clone() },

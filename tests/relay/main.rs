@@ -2,6 +2,18 @@
 
 mod support;
 
+mod certificates;
+mod configuration;
+mod demo;
+mod disk;
+mod elasticsearch;
 mod files;
+mod parsing;
+mod protocol_doc;
+mod readme;
+mod refusals;
 mod servers_smoke;
 mod syslog_network;
+mod tokens;
+mod versions;
+mod wire;

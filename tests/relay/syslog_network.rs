@@ -158,7 +158,7 @@ fn logger_by_udp_tcp_and_octet_count_in_both_formats() {
 
 // --- syslog-ng -------------------------------------------------------------------------------------------------------
 
-/// Destinations of syslog-ng by the program's name that marks their lines.
+/// Destinations of syslog-ng, still without their closing parenthesis, by the program's name that marks their lines.
 fn syslog_ng_configuration(destinations: &[(&str, String)]) -> String {
     let mut text = "@version: 3.35\noptions { time-reopen(1); stats-freq(0); };\n\
         source s { file(\"@FOLDER@/in.log\" flags(no-parse) follow-freq(0.1)); };\n"
@@ -166,7 +166,7 @@ fn syslog_ng_configuration(destinations: &[(&str, String)]) -> String {
     for (mark, destination) in destinations {
         text += &format!(
             "log {{ source(s); rewrite {{ set(\"{mark}\" value(\"PROGRAM\")); }}; \
-             destination {{ {destination} }}; flags(flow-control); }};\n"
+             destination {{ {destination} persist-name(\"{mark}\")); }}; flags(flow-control); }};\n"
         );
     }
     text
@@ -186,12 +186,12 @@ fn syslog_ng_by_network_and_syslog_over_udp_tcp_and_tls() {
     );
     let (udp, tcp) = (ports.udp, ports.tcp);
     let destinations = [
-        ("network-udp", format!("network(\"localhost\" transport(\"udp\") port({udp}));")),
-        ("network-tcp", format!("network(\"localhost\" transport(\"tcp\") port({tcp}));")),
-        ("network-tls", format!("network(\"localhost\" {tls} persist-name(\"network-tls\"));")),
-        ("syslog-udp", format!("syslog(\"localhost\" transport(\"udp\") port({udp}));")),
-        ("syslog-tcp", format!("syslog(\"localhost\" transport(\"tcp\") port({tcp}));")),
-        ("syslog-tls", format!("syslog(\"localhost\" {tls} persist-name(\"syslog-tls\"));")),
+        ("network-udp", format!("network(\"localhost\" transport(\"udp\") port({udp})")),
+        ("network-tcp", format!("network(\"localhost\" transport(\"tcp\") port({tcp})")),
+        ("network-tls", format!("network(\"localhost\" {tls}")),
+        ("syslog-udp", format!("syslog(\"localhost\" transport(\"udp\") port({udp})")),
+        ("syslog-tcp", format!("syslog(\"localhost\" transport(\"tcp\") port({tcp})")),
+        ("syslog-tls", format!("syslog(\"localhost\" {tls}")),
     ];
     let Some(syslog_ng) = SyslogNg::start(&syslog_ng_configuration(&destinations)) else { return };
     let text = lines("line of syslog-ng", 500);
@@ -219,7 +219,7 @@ fn syslog_ng_loses_nothing_over_orderly_restarts_in_a_stream_of_lines() {
     let port = free_port();
     let source = format!("[[source]]\nsyslog_tcp = '127.0.0.1:{port}'\nformat = 'syslog'\n");
     let mut sender = sender_of(&bench, &receiver, "", &source);
-    let network = format!("network(\"127.0.0.1\" transport(\"tcp\") port({port}));");
+    let network = format!("network(\"127.0.0.1\" transport(\"tcp\") port({port})");
     let Some(syslog_ng) = SyslogNg::start(&syslog_ng_configuration(&[("tcp", network)])) else {
         return;
     };
@@ -253,7 +253,7 @@ fn syslog_ng_dials_again_after_a_kill_and_nothing_stored_is_doubled() {
     let port = free_port();
     let source = format!("[[source]]\nsyslog_tcp = '127.0.0.1:{port}'\nformat = 'syslog'\n");
     let mut sender = sender_of(&bench, &receiver, "", &source);
-    let syslog = format!("syslog(\"127.0.0.1\" transport(\"tcp\") port({port}));");
+    let syslog = format!("syslog(\"127.0.0.1\" transport(\"tcp\") port({port})");
     let Some(syslog_ng) = SyslogNg::start(&syslog_ng_configuration(&[("tcp", syslog)])) else {
         return;
     };

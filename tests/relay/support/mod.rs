@@ -1,6 +1,12 @@
 //! What the tests share. Not every helper is used by every set of tests.
 
 #[allow(dead_code)]
+pub mod documents;
+#[allow(dead_code)]
+pub mod proxy;
+#[allow(dead_code)]
 pub mod servers;
+#[allow(dead_code)]
+pub mod store;
 #[allow(dead_code)]
 pub mod waybill;

@@ -236,7 +236,7 @@ impl Drop for Process {
         self.kill_hard();
         if std::thread::panicking() {
             let log = self.log();
-            let start = log.len().saturating_sub(6000);
+            let start = log.len().saturating_sub(60000);
             let start = (start..log.len()).find(|at| log.is_char_boundary(*at)).unwrap_or(0);
             eprintln!("--- log of {} ---\n{}", self.name, &log[start..]);
         }

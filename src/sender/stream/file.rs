@@ -1,0 +1,111 @@
+//! What happens to a stream's file: it grows, a day ends, it is renamed, truncated, deleted.
+
+use std::io;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use tracing::{info, warn};
+
+use super::{End, FINISHED_AFTER, Stream};
+use crate::sender::kept::Kept;
+use crate::sender::origin::Origin;
+use crate::state::Entry;
+
+impl Stream {
+    /// Looks at size, day and names, where somebody said that they may have changed.
+    pub(super) async fn look(&mut self) -> Option<End> {
+        if !self.flags.look.swap(false, Ordering::Relaxed) {
+            return None;
+        }
+        self.ready = true;
+        self.retry_at = None;
+        if !matches!(self.origin.as_deref(), Some(Origin::File(_))) {
+            return None;
+        }
+        match self.look_at_file().await {
+            Ok(end) => end,
+            Err(error) => {
+                warn!(%error, "looking at a followed file failed: it is tried again");
+                None
+            }
+        }
+    }
+
+    pub(super) async fn look_at_file(&mut self) -> io::Result<Option<End>> {
+        let newest = self.segments.back().expect("a stream has a segment");
+        let (frontier, row_day) = (newest.window.frontier(), newest.entry.row.day);
+        let Some(Origin::File(file)) = self.origin.as_deref_mut() else { return Ok(None) };
+        let size = file.tail.size()?;
+        if size < frontier {
+            return Ok(Some(End::Lost));
+        }
+        if !file.tail.is_compressed() && file.tail.day()? > row_day && size > frontier {
+            // What was there when the day was still the row's belongs to the row.
+            let until = self.size_seen.unwrap_or(size).clamp(frontier, size);
+            let boundary = file.tail.last_boundary(frontier, until)?;
+            self.split(boundary).await?;
+        }
+        if self.size_seen != Some(size) {
+            self.changed_at = Instant::now();
+        }
+        self.size_seen = Some(size);
+        if self.flags.moved.load(Ordering::Relaxed) {
+            self.keep(size)?;
+        }
+        Ok(None)
+    }
+
+    /// Copies what is not receipted of a file without a name.
+    pub(super) fn keep(&mut self, size: u64) -> io::Result<()> {
+        let Some(Origin::File(file)) = self.origin.as_deref_mut() else { return Ok(()) };
+        if file.tail.links()? > 0 || file.tail.is_compressed() {
+            return Ok(());
+        }
+        let position = self.segments.front().map_or(size, |segment| segment.window.position());
+        if position >= size {
+            return Ok(());
+        }
+        if self.kept.is_none() {
+            self.kept = Some(Kept::create(&self.context, self.run, position)?);
+        }
+        let Some(kept) = &mut self.kept else { return Ok(()) };
+        let complete = kept.copy(&self.context, &mut file.tail, size)?;
+        let from = kept.from();
+        let unmarked: Vec<Entry> = self
+            .segments
+            .iter_mut()
+            .filter(|segment| segment.entry.kept_from.is_none())
+            .map(|segment| {
+                segment.entry.kept_from = Some(from);
+                segment.entry.clone()
+            })
+            .collect();
+        if !unmarked.is_empty() {
+            self.context.state.commit(&unmarked.iter().collect::<Vec<_>>(), &[])?;
+            let path = &unmarked[0].row.path;
+            info!(%path, from, to = size, "deleted before it was receipted: a copy is kept");
+            if !complete {
+                warn!(%path, "the budget for copies is full: the rest is lost if this process ends \
+                    before it is receipted; raise --kept-bytes-max");
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the last line will not get its newline any more.
+    pub(super) async fn is_finished(&self) -> bool {
+        if self.context.config.once {
+            return true;
+        }
+        match self.origin.as_deref() {
+            Some(Origin::File(file)) if file.tail.is_compressed() => true,
+            Some(Origin::File(file)) => {
+                let left = self.flags.succeeded.load(Ordering::Relaxed)
+                    || file.tail.links().is_ok_and(|links| links == 0);
+                left && self.changed_at.elapsed() >= FINISHED_AFTER
+            }
+            Some(Origin::Kept(_)) => true,
+            _ => false,
+        }
+    }
+}

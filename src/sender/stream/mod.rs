@@ -1,0 +1,424 @@
+//! One stream: reads a run of bytes, sends it segment by segment, moves positions by receipts.
+//!
+//! A stream is a task. It may be dropped at any await point: whatever is not receipted is read and
+//! sent again by the next one.
+
+mod file;
+mod rows;
+mod wire;
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use tracing::warn;
+use uuid::Uuid;
+
+use super::Context;
+use super::kept::Kept;
+use super::link::{Link, Mailbox};
+use super::origin::{FileOrigin, Origin};
+use super::rows::Attributes;
+use super::window::{Next, Window};
+use crate::protocol::FRAME_BYTES_TARGET;
+use crate::record::{SegmentId, escape_path};
+use crate::source::files::fingerprint::prefix;
+use crate::source::files::tail::Tail;
+use crate::state::{Entry, Place, Progress};
+
+/// A file that was renamed and succeeded, and has not changed for so long, is finished: its last
+/// line will not get its newline any more.
+pub const FINISHED_AFTER: Duration = Duration::from_secs(60);
+
+/// A finished file is let go after so long without a change.
+const LET_GO_AFTER: Duration = Duration::from_secs(600);
+
+/// A file that nobody writes is let go after so long; its next change brings it back.
+const REST_AFTER: Duration = Duration::from_secs(3600);
+
+/// How far the frontier may be ahead of the position (I7).
+const AHEAD_MAX: u64 = 128 << 20;
+
+/// How soon a failed disk operation is tried again.
+const DISK_RETRY: Duration = Duration::from_secs(2);
+
+/// What the follower and a stream tell each other, besides letters.
+#[derive(Debug, Default)]
+pub struct Flags {
+    /// Something may have changed: look at size, day and names.
+    pub look: AtomicBool,
+    /// The file is not at its path any more.
+    pub moved: AtomicBool,
+    /// Another file has taken its place, or its name is a rotated one.
+    pub succeeded: AtomicBool,
+}
+
+/// How a stream ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum End {
+    /// Everything is receipted and nothing more is expected for now. The file is closed.
+    Rests,
+    /// The file is gone and everything receipted: the rows are forgotten.
+    Done,
+    /// The file is no longer what it was.
+    Lost,
+    /// Some lines cannot be receipted by this receiver (only with `--once`).
+    Failed,
+    /// The sender stops.
+    Stopped,
+}
+
+/// The last words of a stream.
+#[derive(Clone, Debug)]
+pub struct Ended {
+    /// Its run.
+    pub run: Uuid,
+    /// Why it ended.
+    pub end: End,
+    /// Its file, for messages.
+    pub path: String,
+    /// Where its receipted prefix ended.
+    pub position: u64,
+    /// How far bytes were seen.
+    pub seen: u64,
+    /// Size and time of the last change of its file.
+    pub stamp: Option<(u64, (i64, i64))>,
+}
+
+/// See the module.
+pub struct Stream {
+    context: Arc<Context>,
+    attributes: Arc<Attributes>,
+    run: Uuid,
+    /// `None` only while a read is under way.
+    origin: Option<Box<Origin>>,
+    /// Oldest first; only the last one has no end.
+    segments: VecDeque<Segment>,
+    mailbox: Arc<Mailbox>,
+    flags: Arc<Flags>,
+    kept: Option<Kept>,
+    /// There may be bytes that were not read yet.
+    ready: bool,
+    /// The file's size when it was last looked at on the newest row's day.
+    size_seen: Option<u64>,
+    changed_at: Instant,
+    /// A disk operation failed: not before this instant again.
+    retry_at: Option<Instant>,
+    failed: bool,
+}
+
+struct Segment {
+    entry: Entry,
+    window: Window,
+    progress: Progress,
+    /// The last (at most 64) bytes before the frontier.
+    before: Vec<u8>,
+    /// On the current link.
+    handle: Option<u32>,
+    refused: bool,
+    /// How many bytes the next read asks for.
+    want: usize,
+}
+
+impl Segment {
+    fn new(entry: Entry, progress: Progress, origin: &mut Origin) -> io::Result<Segment> {
+        let position = progress.position.max(entry.row.start);
+        let window = Window::new(position, entry.row.end);
+        let before = origin.before(position)?;
+        let want = FRAME_BYTES_TARGET;
+        Ok(Segment { entry, window, progress, before, handle: None, refused: false, want })
+    }
+
+    fn id(&self) -> SegmentId {
+        self.entry.row.segment
+    }
+}
+
+/// What a stream is made of.
+pub struct Parts {
+    /// Shared by all streams.
+    pub context: Arc<Context>,
+    /// Of its source.
+    pub attributes: Arc<Attributes>,
+    /// Its run.
+    pub run: Uuid,
+    /// What it reads.
+    pub origin: Origin,
+    /// Known rows of the run, oldest first; may be empty.
+    pub known: Vec<(Entry, Progress)>,
+    /// The file lost its tail: what was known behind this offset is void.
+    pub until: Option<u64>,
+    /// Where the first row of an unknown run starts.
+    pub start: u64,
+    /// The copy in the state directory, where the file was deleted.
+    pub kept: Option<Kept>,
+}
+
+impl Stream {
+    /// Where letters for this stream go.
+    pub fn mailbox(&self) -> Arc<Mailbox> {
+        self.mailbox.clone()
+    }
+
+    /// What the follower tells this stream.
+    pub fn flags(&self) -> Arc<Flags> {
+        self.flags.clone()
+    }
+
+    /// Bytes between the position and the end, as far as that is known.
+    pub fn backlog(&self) -> u64 {
+        let size = match self.origin.as_deref() {
+            Some(Origin::File(file)) => file.tail.size().unwrap_or(0),
+            _ => 0,
+        };
+        let position = self.segments.front().map_or(0, |segment| segment.window.position());
+        if size == u64::MAX { 0 } else { size.saturating_sub(position) }
+    }
+
+    /// Runs until the run is finished, lost, or the sender stops.
+    pub async fn run(mut self) -> Ended {
+        let end = self.run_to_end().await;
+        self.note_progress();
+        let front = self.segments.front();
+        let position = front.map_or(0, |segment| segment.window.position());
+        let frontier = self.segments.back().map_or(0, |segment| segment.window.frontier());
+        let path = front.map(|segment| segment.entry.row.path.clone()).unwrap_or_default();
+        let stamp = match self.origin.as_deref() {
+            Some(Origin::File(file)) => file.tail.stamp().ok(),
+            _ => None,
+        };
+        if end == End::Done {
+            self.forget().await;
+        }
+        let seen = frontier.max(self.size_seen.unwrap_or(0));
+        Ended { run: self.run, end, path, position, seen, stamp }
+    }
+
+    async fn run_to_end(&mut self) -> End {
+        let mut links = self.context.links.clone();
+        loop {
+            let link = loop {
+                let link = links.borrow_and_update().clone();
+                if let Some(link) = link.filter(|link| !link.closed.is_cancelled()) {
+                    break link;
+                }
+                if let Some(end) = self.look().await {
+                    return end;
+                }
+                tokio::select! {
+                    () = self.context.stopping.cancelled() => return End::Stopped,
+                    _ = links.changed() => {}
+                    () = self.mailbox.wake.notified() => self.context.wanted.notify_one(),
+                }
+            };
+            let end = self.session(&link).await;
+            self.note_progress();
+            self.return_credit(&link);
+            match end {
+                Some(end) => return end,
+                None => self.disconnected(),
+            }
+        }
+    }
+
+    /// A stream that ends while its link lives leaves no credit behind: nobody would return it.
+    fn return_credit(&mut self, link: &Link) {
+        for segment in &self.segments {
+            if let Some(handle) = segment.handle {
+                link.unregister(handle);
+            }
+            let (credit, frames) = segment.window.outstanding();
+            link.credit.add_permits(credit as usize);
+            link.frames.add_permits(frames as usize);
+        }
+    }
+
+    fn disconnected(&mut self) {
+        let _ = self.mailbox.take();
+        for segment in &mut self.segments {
+            segment.window.disconnected();
+            segment.handle = None;
+            segment.refused = false;
+        }
+    }
+
+    /// Sends over one link until it breaks (`None`) or the stream ends.
+    async fn session(&mut self, link: &Link) -> Option<End> {
+        while let Err(error) = self.complete(link).await {
+            warn!(%error, "the state directory cannot be written: nothing is sent before it can");
+            tokio::select! {
+                () = link.closed.cancelled() => return None,
+                () = self.context.stopping.cancelled() => return Some(End::Stopped),
+                () = tokio::time::sleep(DISK_RETRY) => {}
+            }
+        }
+        loop {
+            self.read_letters_on(link).await;
+            if let Some(end) = self.look().await {
+                return Some(end);
+            }
+            self.drop_finished().await;
+            if link.closed.is_cancelled() {
+                return None;
+            }
+            if let Some(end) = self.ended() {
+                return Some(end);
+            }
+            match self.next_work(link) {
+                Work::Send { number, next } => match self.send(link, number, next).await {
+                    Step::Goes => {}
+                    Step::LinkGone => return None,
+                    Step::Ends(end) => return Some(end),
+                },
+                Work::Wait(until) => {
+                    let due = async {
+                        match until {
+                            Some(until) => tokio::time::sleep_until(until.into()).await,
+                            None => std::future::pending().await,
+                        }
+                    };
+                    tokio::select! {
+                        () = link.closed.cancelled() => return None,
+                        () = self.context.ending.cancelled() => return Some(End::Stopped),
+                        () = self.context.stopping.cancelled(), if !self.is_stopping() => {}
+                        () = self.mailbox.wake.notified() => {}
+                        () = due => {}
+                    }
+                }
+            }
+        }
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.context.stopping.is_cancelled()
+    }
+
+    /// What to do next on this link.
+    fn next_work(&self, link: &Link) -> Work {
+        let now = Instant::now();
+        if self.is_stopping() {
+            return Work::Wait(None);
+        }
+        let mut due: Option<Instant> = None;
+        let mut sooner = |at: Option<Instant>| {
+            if let Some(at) = at {
+                due = Some(due.map_or(at, |due| due.min(at)));
+            }
+        };
+        if self.retry_at.is_some_and(|at| at > now) {
+            return Work::Wait(self.retry_at);
+        }
+        let newest = self.segments.len() - 1;
+        for (number, segment) in self.segments.iter().enumerate() {
+            if segment.refused {
+                continue;
+            }
+            let next = segment.window.next(now);
+            let deferred = segment.window.next_due();
+            sooner(deferred);
+            let allowed = match next {
+                Next::Again { .. } => true,
+                Next::Nothing => false,
+                // A deferred range holds up its own segment, so that windows stay small.
+                Next::New { from } => {
+                    deferred.is_none()
+                        && (number < newest || self.ready)
+                        && from - segment.window.position() < AHEAD_MAX
+                        && link.takes_more()
+                }
+            };
+            if allowed {
+                return Work::Send { number, next };
+            }
+        }
+        // Time alone can make a file finished.
+        if !self.ready && self.flags.succeeded.load(Ordering::Relaxed) {
+            sooner(Some(self.changed_at + FINISHED_AFTER).filter(|at| *at > now));
+            sooner(Some(self.changed_at + LET_GO_AFTER).filter(|at| *at > now));
+        }
+        sooner(Some(self.changed_at + REST_AFTER).filter(|at| *at > now));
+        Work::Wait(due)
+    }
+
+    /// Tells the state how far every segment has come.
+    fn note_progress(&mut self) {
+        let first = match self.origin.as_deref() {
+            Some(Origin::File(file)) => Some(prefix(file.first())),
+            _ => None,
+        };
+        for segment in &mut self.segments {
+            let Some(anchor) = segment.window.take_anchor() else { continue };
+            segment.progress.advance(anchor);
+            if let Some(first) =
+                first.as_ref().filter(|f| f.length > segment.progress.prefix.length)
+            {
+                segment.progress.prefix = first.clone();
+            }
+            segment.progress.seen_ms = super::origin::now_ms();
+            self.context.state.set_progress(segment.id(), segment.progress.clone());
+        }
+    }
+
+    /// Whether the stream has come to an end.
+    fn ended(&mut self) -> Option<End> {
+        let in_flight = self.segments.iter().any(|segment| segment.window.outstanding().1 > 0);
+        if self.is_stopping() && !in_flight {
+            return Some(End::Stopped);
+        }
+        let refused = self.segments.iter().any(|segment| segment.refused);
+        let idle = |segment: &Segment| segment.refused || segment.window.is_idle();
+        if !self.segments.iter().all(idle) {
+            return None;
+        }
+        let once = self.context.config.once;
+        if once && (refused || self.failed) {
+            return Some(End::Failed);
+        }
+        if self.ready || refused || self.segments.len() > 1 {
+            return None;
+        }
+        let unchanged = self.changed_at.elapsed();
+        match self.origin.as_deref() {
+            Some(Origin::Spool { .. }) => {
+                self.segments.back().filter(|s| s.window.is_finished()).map(|_| End::Done)
+            }
+            Some(Origin::Kept(_)) => Some(End::Done),
+            Some(Origin::File(file)) => {
+                let gone = file.tail.links().is_ok_and(|links| links == 0);
+                let succeeded = self.flags.succeeded.load(Ordering::Relaxed);
+                if gone && unchanged >= FINISHED_AFTER {
+                    return Some(End::Done);
+                }
+                let rests = once
+                    || file.tail.is_compressed()
+                    || (succeeded && unchanged >= LET_GO_AFTER)
+                    || unchanged >= REST_AFTER;
+                rests.then_some(if gone { End::Done } else { End::Rests })
+            }
+            None => None,
+        }
+    }
+}
+
+enum Work {
+    Send { number: usize, next: Next },
+    Wait(Option<Instant>),
+}
+
+enum Step {
+    Goes,
+    LinkGone,
+    Ends(End),
+}
+
+/// Where a file is now.
+pub fn place(tail: &Tail) -> Place {
+    Place { path: escape_path(tail.path()), device: tail.inode().device, inode: tail.inode().inode }
+}
+
+/// Takes a file that was recognised.
+pub fn file_origin(tail: Tail) -> io::Result<Origin> {
+    FileOrigin::new(tail).map(Origin::File)
+}

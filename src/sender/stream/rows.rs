@@ -1,0 +1,294 @@
+//! A stream's rows: made to fit at the start, split where something changes, forgotten when done.
+//!
+//! Every change is durable before anything is sent under it.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+use std::time::Instant;
+
+use tracing::{debug, info, warn};
+
+use super::{Parts, Segment, Stream, place};
+use crate::record::{Day, Framing, SegmentId, escape_path};
+use crate::sender::link::Link;
+use crate::sender::origin::Origin;
+use crate::sender::rows::{Opening, complete, renew, suits};
+use crate::source::files::fingerprint::{fingerprint, prefix};
+use crate::state::{Entry, Progress};
+
+impl Stream {
+    /// Makes the rows fit today's file and configuration, durably. Blocking.
+    pub fn attach(parts: Parts) -> io::Result<Stream> {
+        let Parts { context, attributes, run, mut origin, mut known, until, start, kept } = parts;
+        known.sort_by_key(|(entry, _)| (entry.row.start, entry.row.segment));
+        let mut segments = VecDeque::new();
+        let mut changed = Vec::new();
+        let mut dropped = Vec::new();
+        for (mut entry, mut progress) in known {
+            if let Some(until) = until {
+                if entry.row.start >= until {
+                    dropped.push(entry.row.segment);
+                    continue;
+                }
+                let end = until.max(progress.position);
+                entry.row.end = Some(entry.row.end.map_or(end, |known| known.min(end)));
+                changed.push(entry.clone());
+            }
+            if context.state.was_cloned() {
+                dropped.push(entry.row.segment);
+                entry = renew(&entry, progress.position);
+                changed.push(entry.clone());
+            }
+            if let Origin::File(file) = &origin {
+                progress.place = place(&file.tail);
+            }
+            if entry.row.end.is_some_and(|end| progress.position >= end) {
+                dropped.push(entry.row.segment);
+                continue;
+            }
+            let end = entry.row.end;
+            // What is behind a lost tail cannot be read any more.
+            if until.is_some_and(|until| end.is_some_and(|end| end > until)) {
+                dropped.push(entry.row.segment);
+                continue;
+            }
+            segments.push_back(Segment::new(entry, progress, &mut origin)?);
+        }
+        let mut stream = Stream {
+            context,
+            attributes,
+            run,
+            origin: Some(Box::new(origin)),
+            segments,
+            mailbox: Arc::default(),
+            flags: Arc::default(),
+            kept,
+            ready: true,
+            size_seen: None,
+            changed_at: Instant::now(),
+            retry_at: None,
+            failed: false,
+        };
+        changed.retain(|entry| !dropped.contains(&entry.row.segment));
+        let newest_is_open =
+            stream.segments.back().is_some_and(|segment| segment.window.end().is_none());
+        let kept = matches!(stream.origin.as_deref(), Some(Origin::Kept(_)));
+        if newest_is_open || (kept && !stream.segments.is_empty()) {
+            stream.context.state.commit(&changed.iter().collect::<Vec<_>>(), &dropped)?;
+            stream.follow_configuration()?;
+        } else {
+            let start = until
+                .or_else(|| stream.segments.back().and_then(|segment| segment.window.end()))
+                .unwrap_or(start);
+            stream.open_row(start, changed, dropped, None)?;
+        }
+        for segment in &stream.segments {
+            stream.context.state.set_progress(segment.id(), segment.progress.clone());
+        }
+        Ok(stream)
+    }
+
+    /// Where the newest row no longer says what a new one would say, it ends at the last record
+    /// boundary.
+    pub(super) fn follow_configuration(&mut self) -> io::Result<()> {
+        let newest = self.segments.back().expect("a stream has a segment");
+        // Nothing new comes into the copy of a deleted file.
+        let kept = matches!(self.origin.as_deref(), Some(Origin::Kept(_)));
+        if kept || self.attributes.agree(&newest.entry.row) {
+            return Ok(());
+        }
+        let boundary = self.boundary()?;
+        self.split_now(boundary, None)
+    }
+
+    /// The last record boundary in the run at this moment.
+    pub(super) fn boundary(&mut self) -> io::Result<u64> {
+        let newest = self.segments.back().expect("a stream has a segment");
+        let frontier = newest.window.frontier();
+        match self.origin.as_deref_mut() {
+            Some(Origin::File(file)) if !file.tail.is_compressed() => {
+                let size = file.tail.size()?;
+                file.tail.last_boundary(frontier, size.max(frontier))
+            }
+            Some(Origin::Spool { spool, segment }) => {
+                let mark = spool.watermark();
+                Ok(if mark.segment == *segment { mark.offset.max(frontier) } else { frontier })
+            }
+            _ => Ok(frontier),
+        }
+    }
+
+    pub(super) async fn split(&mut self, at: u64) -> io::Result<()> {
+        let link = self.context.links.borrow().clone();
+        self.split_now(at, link.as_deref())
+    }
+
+    /// Ends the newest row at a boundary and opens the next one there, in one durable write.
+    pub(super) fn split_now(&mut self, at: u64, link: Option<&Link>) -> io::Result<()> {
+        let newest = self.segments.back_mut().expect("a stream has a segment");
+        let mut ended = newest.entry.clone();
+        ended.row.end = Some(at);
+        let empty = at == ended.row.start && newest.window.frontier() == at;
+        let id = newest.id();
+        let (changed, dropped) =
+            if empty { (vec![], vec![id]) } else { (vec![ended.clone()], vec![]) };
+        self.open_row(at, changed, dropped, link)?;
+        let number = self.segments.len() - 2;
+        if empty {
+            self.segments.remove(number);
+        } else {
+            let segment = &mut self.segments[number];
+            segment.entry = ended;
+            segment.window.set_end(at);
+        }
+        Ok(())
+    }
+
+    /// Opens a row at `start`, together with other changes, in one durable write.
+    pub(super) fn open_row(
+        &mut self,
+        start: u64,
+        mut changed: Vec<Entry>,
+        dropped: Vec<SegmentId>,
+        link: Option<&Link>,
+    ) -> io::Result<()> {
+        let origin = self.origin.as_deref_mut().expect("no read is under way");
+        let opening = match origin {
+            Origin::File(file) => Opening {
+                run: self.run,
+                path: escape_path(file.tail.path()),
+                inode: Some(file.tail.inode()),
+                start,
+                day: file.tail.day()?,
+                framing: Framing::LINES,
+                first_bytes: prefix(file.first()),
+            },
+            _ => Opening {
+                run: self.run,
+                path: self.context.path_of(&self.attributes.source),
+                inode: None,
+                start,
+                day: Day::today(),
+                framing: Framing::SPOOL,
+                first_bytes: Default::default(),
+            },
+        };
+        let entry = self.attributes.open(opening, link.map(|link| &link.welcome));
+        let mut progress = Progress::at_start(&entry.row);
+        let segment_before = origin.before(start)?;
+        if start > 0 && matches!(origin, Origin::File(_)) {
+            let mark = fingerprint(start, &segment_before);
+            progress.advance(mark);
+        }
+        let mut segment = Segment::new(entry.clone(), progress, origin)?;
+        segment.before = segment_before;
+        changed.push(entry);
+        self.context.state.commit(&changed.iter().collect::<Vec<_>>(), &dropped)?;
+        self.context.state.set_progress(segment.id(), segment.progress.clone());
+        self.segments.push_back(segment);
+        Ok(())
+    }
+
+    /// Fits the rows to a receiver: completes what only it can tell, renews what belongs to
+    /// another sender, and ends the newest row where new lines would go elsewhere.
+    pub(super) async fn complete(&mut self, link: &Link) -> io::Result<()> {
+        let welcome = &link.welcome;
+        let mut changed = Vec::new();
+        let mut dropped = Vec::new();
+        for segment in &mut self.segments {
+            let foreign = segment.entry.row.sender.is_some_and(|sender| sender != welcome.sender);
+            let mut entry = segment.entry.clone();
+            if foreign {
+                warn!(path = %entry.row.path, "the token is another sender's: what was sent under \
+                    the old one and has no receipt is sent anew");
+                dropped.push(segment.id());
+                entry = renew(&entry, segment.window.position());
+            }
+            complete(&mut entry, welcome);
+            if entry != segment.entry {
+                changed.push((segment.id(), entry));
+            }
+        }
+        if !changed.is_empty() {
+            let entries = changed.iter().map(|(_, entry)| entry.clone()).collect();
+            self.commit(entries, dropped).await?;
+        }
+        let origin = self.origin.as_deref_mut().expect("no read is under way");
+        for (id, entry) in changed {
+            let Some(segment) = self.segments.iter_mut().find(|s| s.id() == id) else { continue };
+            if entry.row.segment == id {
+                segment.entry = entry;
+            } else {
+                let progress =
+                    Progress { position: segment.window.position(), ..segment.progress.clone() };
+                *segment = Segment::new(entry, progress, origin)?;
+                self.context.state.set_progress(segment.id(), segment.progress.clone());
+            }
+        }
+        let newest = self.segments.back().expect("a stream has a segment");
+        let kept = matches!(self.origin.as_deref(), Some(Origin::Kept(_)));
+        if !kept && !suits(&newest.entry, welcome) && newest.window.end().is_none() {
+            let boundary = self.boundary()?;
+            info!(offset = boundary, "the receiver names indices in another way now: a new row");
+            self.split_now(boundary, Some(link))?;
+        }
+        Ok(())
+    }
+
+    /// Records, durably, that the last line ends here without a newline.
+    pub(super) async fn cut(&mut self, number: usize, at: u64) -> io::Result<()> {
+        let mut entry = self.segments[number].entry.clone();
+        info!(path = %entry.row.path, offset = at, "last line without a newline");
+        entry.row.cuts.push(at);
+        self.commit(vec![entry.clone()], Vec::new()).await?;
+        self.segments[number].entry = entry;
+        Ok(())
+    }
+
+    pub(super) async fn commit(
+        &self,
+        changed: Vec<Entry>,
+        dropped: Vec<SegmentId>,
+    ) -> io::Result<()> {
+        let state = self.context.state.clone();
+        let commit = move || state.commit(&changed.iter().collect::<Vec<_>>(), &dropped);
+        tokio::task::spawn_blocking(commit).await.map_err(io::Error::other)?
+    }
+
+    /// Forgets rows whose end is receipted, except the newest.
+    pub(super) async fn drop_finished(&mut self) {
+        while self.segments.len() > 1
+            && self.segments.front().is_some_and(|segment| segment.window.is_finished())
+        {
+            let segment = self.segments.pop_front().expect("there is one");
+            let link = self.context.links.borrow().clone();
+            if let (Some(link), Some(handle)) = (link, segment.handle) {
+                link.unregister(handle);
+            }
+            if let Err(error) = self.commit(Vec::new(), vec![segment.id()]).await {
+                // Its row stays on disk, finished: the next start drops it.
+                debug!(%error, "a finished row stays for now");
+            }
+        }
+    }
+
+    /// Everything of this run is receipted and its bytes are gone: so are its rows.
+    pub(super) async fn forget(&mut self) {
+        let ids = self.segments.iter().map(Segment::id).collect();
+        if let Err(error) = self.commit(Vec::new(), ids).await {
+            warn!(%error, "the state directory cannot be written: finished rows stay for now");
+            return;
+        }
+        if let Some(kept) = self.kept.take()
+            && let Err(error) = kept.remove(&self.context)
+        {
+            warn!(%error, "the copy of a deleted file stays for now");
+        }
+        if let Some(Origin::Spool { spool, segment }) = self.origin.as_deref()
+            && let Err(error) = spool.release(*segment, u64::MAX)
+        {
+            warn!(%error, "a finished spool file stays for now");
+        }
+    }
+}

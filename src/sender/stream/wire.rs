@@ -1,0 +1,303 @@
+//! What a stream says to the receiver, and what it hears: frames out, letters in.
+
+use std::io;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use tokio::sync::SemaphorePermit;
+use tracing::{debug, error, warn};
+
+use super::{DISK_RETRY, End, Step, Stream};
+use crate::protocol::{
+    Control, FRAME_BYTES_MAX, FRAME_BYTES_TARGET, Open, Receipt, Refused, Verdict,
+};
+use crate::sender::link::{Letter, Link};
+use crate::sender::origin::{Framed, Read, Request};
+use crate::sender::receipts::Line;
+use crate::sender::rows::complete;
+use crate::sender::window::{Finished, Next};
+use crate::transport::Outgoing;
+
+enum Permits<'a> {
+    Granted { frame: SemaphorePermit<'a>, credit: SemaphorePermit<'a> },
+    Interrupted,
+    LinkGone,
+}
+
+impl Stream {
+    /// Reads one frame and sends it.
+    pub(super) async fn send(&mut self, link: &Link, number: usize, next: Next) -> Step {
+        match self.open_on(link, number).await {
+            Ok(true) => {}
+            Ok(false) => return Step::LinkGone,
+            Err(error) => {
+                warn!(%error, "the state directory cannot be written: it is tried again");
+                self.retry_at = Some(Instant::now() + DISK_RETRY);
+                return Step::Goes;
+            }
+        }
+        let segment = &self.segments[number];
+        let row = &segment.entry.row;
+        let mut request = Request {
+            from: segment.window.frontier(),
+            to: row.end,
+            want: segment.want.min(FRAME_BYTES_MAX),
+            before: segment.before.clone(),
+            expect: None,
+            framing: row.framing,
+            handle: segment.handle.unwrap_or_default(),
+            resend: false,
+            compress: link.compress,
+        };
+        match next {
+            Next::Again { from, to, fingerprint } => {
+                request.from = from;
+                request.to = Some(to);
+                request.want = (to - from) as usize;
+                request.expect = fingerprint;
+                request.resend = true;
+                request.before = Vec::new();
+            }
+            _ => {
+                let cut = row.cuts.iter().copied().find(|cut| *cut > request.from);
+                request.to = [request.to, cut].into_iter().flatten().min();
+            }
+        }
+        let (frame, mut credit) = match self.permits(link, request.want).await {
+            Permits::Granted { frame, credit } => (frame, credit),
+            Permits::Interrupted => return Step::Goes,
+            Permits::LinkGone => return Step::LinkGone,
+        };
+        match self.read(request.clone()).await {
+            Ok(Read::Framed(framed)) => {
+                match credit.split(framed.records.len()) {
+                    Some(used) => used.forget(),
+                    None => credit.forget(),
+                }
+                frame.forget();
+                self.sent(number, &request, &framed);
+                if link.send(Outgoing::Binary(framed.message)).await {
+                    Step::Goes
+                } else {
+                    Step::LinkGone
+                }
+            }
+            Ok(other) => self.nothing_to_send(number, &request, other).await,
+            Err(error) => {
+                let path = &self.segments[number].entry.row.path;
+                warn!(%path, %error, "cannot be read: it is tried again");
+                self.failed = true;
+                self.retry_at = Some(Instant::now() + DISK_RETRY);
+                Step::Goes
+            }
+        }
+    }
+
+    /// Waits for a frame's credit, reading letters meanwhile. That may take as long as the
+    /// destination is away, so that a stop and a change of the file interrupt it.
+    async fn permits<'a>(&mut self, link: &'a Link, want: usize) -> Permits<'a> {
+        let acquire = async {
+            let frame = link.frames.acquire().await.ok()?;
+            let credit = link.credit.acquire_many(want as u32).await.ok()?;
+            Some((frame, credit))
+        };
+        tokio::pin!(acquire);
+        let stopping = self.context.stopping.clone();
+        loop {
+            tokio::select! {
+                biased;
+                () = link.closed.cancelled() => return Permits::LinkGone,
+                () = stopping.cancelled() => return Permits::Interrupted,
+                permits = &mut acquire => return match permits {
+                    Some((frame, credit)) => Permits::Granted { frame, credit },
+                    None => Permits::LinkGone,
+                },
+                () = self.mailbox.wake.notified() => {
+                    self.read_letters_on(link).await;
+                    if self.flags.look.load(Ordering::Relaxed) {
+                        return Permits::Interrupted;
+                    }
+                }
+            }
+        }
+    }
+
+    async fn read(&mut self, request: Request) -> io::Result<Read> {
+        let Some(mut origin) = self.origin.take() else {
+            return Err(io::Error::other("a read was interrupted"));
+        };
+        let read = tokio::task::spawn_blocking(move || {
+            let read = origin.read(&request);
+            (origin, read)
+        });
+        let (origin, read) = match read.await {
+            Ok(read) => read,
+            // Without its file this stream can do nothing; whoever started it starts it again.
+            Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+            Err(error) => return Err(io::Error::other(error)),
+        };
+        self.origin = Some(origin);
+        read
+    }
+
+    /// Books a frame as on its way.
+    fn sent(&mut self, number: usize, request: &Request, framed: &Framed) {
+        let keep_records = self.context.receipts.is_some();
+        let totals = &self.context.totals;
+        let length = framed.records.len() as u64;
+        totals.sent_bytes.fetch_add(length, Ordering::Relaxed);
+        let segment = &mut self.segments[number];
+        if request.resend {
+            totals.resent_bytes.fetch_add(length, Ordering::Relaxed);
+            segment.window.sent_again(request.from, framed.to);
+            return;
+        }
+        let records = if keep_records { framed.records.clone() } else { Default::default() };
+        segment.window.sent_new(framed.to, framed.fingerprint, records, framed.continues);
+        segment.before.clone_from(&framed.before);
+        segment.want = FRAME_BYTES_TARGET;
+        self.changed_at = Instant::now();
+        self.failed = false;
+    }
+
+    /// A read that gave nothing to send.
+    async fn nothing_to_send(&mut self, number: usize, request: &Request, read: Read) -> Step {
+        let newest = number + 1 == self.segments.len();
+        let from = request.from;
+        match read {
+            Read::Framed(_) => {}
+            Read::Disagrees => return Step::Ends(End::Lost),
+            Read::Needs(bytes) => self.segments[number].want = bytes,
+            Read::Nul { to } => {
+                debug!(path = %self.segments[number].entry.row.path, from, to, "NUL bytes skipped");
+                self.pass_over(number, to).await;
+            }
+            Read::Lost { to } => {
+                self.report_loss(number, from, to, "damaged in the spool");
+                self.pass_over(number, to).await;
+            }
+            Read::End => {
+                if self.segments[number].window.end().is_none() {
+                    self.segments[number].window.set_end(from);
+                }
+                self.ready = false;
+            }
+            Read::Partial(length) => {
+                let finished = length > 0 && newest && self.is_finished().await;
+                if finished {
+                    if let Err(error) = self.cut(number, from + length).await {
+                        warn!(%error, "the state directory cannot be written");
+                        self.retry_at = Some(Instant::now() + DISK_RETRY);
+                    }
+                } else if !newest {
+                    // An ended row whose bytes are gone: the file is not what it was.
+                    return Step::Ends(End::Lost);
+                } else {
+                    self.ready = false;
+                }
+            }
+        }
+        Step::Goes
+    }
+
+    /// Moves over bytes that become no document.
+    async fn pass_over(&mut self, number: usize, to: u64) {
+        let before = match &mut self.origin {
+            Some(origin) => origin.before(to).unwrap_or_default(),
+            None => Vec::new(),
+        };
+        let segment = &mut self.segments[number];
+        segment.window.skip(to, None);
+        segment.before = before;
+        self.note_progress();
+    }
+
+    fn report_loss(&self, number: usize, from: u64, to: u64, why: &str) {
+        let row = &self.segments[number].entry.row;
+        error!(path = %row.path, segment = %row.segment, from, to, bytes = to - from, "lost: {why}");
+        self.context.totals.lost_bytes.fetch_add(to - from, Ordering::Relaxed);
+    }
+
+    /// Declares a segment on this link, once; `false` when the link is gone.
+    async fn open_on(&mut self, link: &Link, number: usize) -> io::Result<bool> {
+        let segment = &mut self.segments[number];
+        if segment.handle.is_some() {
+            return Ok(true);
+        }
+        // A split may have opened this row before the link was there.
+        if segment.entry.row.sender.is_none() || segment.entry.row.rule.is_none() {
+            let mut entry = segment.entry.clone();
+            complete(&mut entry, &link.welcome);
+            self.commit(vec![entry.clone()], Vec::new()).await?;
+            self.segments[number].entry = entry;
+        }
+        let segment = &mut self.segments[number];
+        let handle = link.register(self.mailbox.clone());
+        segment.handle = Some(handle);
+        let open = Control::Open(Box::new(Open { handle, row: segment.entry.row.clone() }));
+        Ok(link.send(Outgoing::Text(open.encode())).await)
+    }
+
+    pub(super) async fn read_letters_on(&mut self, link: &Link) {
+        let letters = self.mailbox.take();
+        if letters.is_empty() {
+            return;
+        }
+        for letter in letters {
+            match letter {
+                Letter::Receipt(receipt) => self.receipt(link, &receipt).await,
+                Letter::Refused(refused) => self.refused(link, &refused),
+            }
+        }
+        self.note_progress();
+    }
+
+    async fn receipt(&mut self, link: &Link, receipt: &Receipt) {
+        let handle = Some(receipt.handle);
+        let Some(segment) = self.segments.iter_mut().find(|s| s.handle == handle) else { return };
+        let mut finished = Vec::new();
+        let counted = segment.window.receipt(receipt, Instant::now(), &mut |f| finished.push(f));
+        link.credit.add_permits(counted.credit as usize);
+        link.frames.add_permits(counted.frames as usize);
+        self.context.totals.count(&counted);
+        for run in &receipt.runs {
+            match &run.verdict {
+                Verdict::Parked { reason } => warn!(
+                    path = %segment.entry.row.path, before = run.to, lines = run.lines, ?reason,
+                    "parked: the lines lie in the dead letter under their own ids"
+                ),
+                Verdict::Deferred { reason, after } => {
+                    self.context.deferrals.say(&segment.entry.row.path, reason, *after)
+                }
+                _ => {}
+            }
+        }
+        let bytes: u64 = finished.iter().map(|finished| finished.to - finished.from).sum();
+        self.context.totals.receipted_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.write_receipts(receipt.handle, finished).await;
+    }
+
+    async fn write_receipts(&self, handle: u32, finished: Vec<Finished>) {
+        let Some(receipts) = &self.context.receipts else { return };
+        let Some(segment) = self.segments.iter().find(|s| s.handle == Some(handle)) else { return };
+        for finished in finished.into_iter().filter(|finished| !finished.runs.is_empty()) {
+            receipts.write(Line { row: segment.entry.row.clone(), finished }).await;
+        }
+    }
+
+    fn refused(&mut self, link: &Link, refused: &Refused) {
+        let handle = Some(refused.handle);
+        let Some(segment) = self.segments.iter_mut().find(|s| s.handle == handle) else { return };
+        if !segment.refused {
+            error!(path = %segment.entry.row.path, segment = %segment.entry.row.segment,
+                code = ?refused.code, "the receiver refuses these lines: {}",
+                refused.reason.escape_debug());
+        }
+        // Its frames are dropped unread: their credit comes back.
+        let (credit, frames) = segment.window.outstanding();
+        link.credit.add_permits(credit as usize);
+        link.frames.add_permits(frames as usize);
+        segment.window.disconnected();
+        segment.refused = true;
+    }
+}

@@ -1,0 +1,198 @@
+//! TLS: a certificate that is not right is named with its remedy, and costs no line; nginx in front may reload and
+//! restart while lines are on their way.
+
+use std::fs;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use crate::support::servers::{Nginx, free_port, root, wait_until};
+use crate::support::store::{assert_lines, assert_slow_retries, wait_for_lines};
+use crate::support::waybill::{Bench, Certificates, PATIENCE, Process, Receiver, lines, waybill};
+
+/// An authority that outlives the certificates it signs.
+struct Authority {
+    params: rcgen::CertificateParams,
+    key: rcgen::KeyPair,
+}
+
+impl Authority {
+    fn new(folder: &Path) -> Authority {
+        let key = rcgen::KeyPair::generate().expect("a key");
+        let mut params = rcgen::CertificateParams::new(Vec::new()).expect("names");
+        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        fs::write(folder.join("trusted.pem"), params.self_signed(&key).expect("a CA").pem())
+            .expect("written");
+        Authority { params, key }
+    }
+
+    /// Replaces `server.pem` and `server.key`.
+    fn sign(&self, folder: &Path, name: &str, change: impl FnOnce(&mut rcgen::CertificateParams)) {
+        let issuer = rcgen::Issuer::from_params(&self.params, &self.key);
+        let key = rcgen::KeyPair::generate().expect("a key");
+        let mut params = rcgen::CertificateParams::new(vec![name.to_owned()]).expect("names");
+        change(&mut params);
+        let certificate = params.signed_by(&key, &issuer).expect("a certificate");
+        fs::write(folder.join("server.pem"), certificate.pem()).expect("written");
+        fs::write(folder.join("server.key"), key.serialize_pem()).expect("written");
+    }
+}
+
+fn receiver(bench: &Bench) -> Receiver {
+    let paths = ["store.sqlite", "server.pem", "server.key"].map(|name| bench.path(name));
+    bench.receiver_with(move |command| {
+        command.arg("--store").arg(&paths[0]);
+        command.arg("--tls-cert").arg(&paths[1]).arg("--tls-key").arg(&paths[2]);
+    })
+}
+
+fn sender(bench: &Bench, port: u16) -> Process {
+    let url = format!("wss://localhost:{port}/");
+    let ca = bench.path("trusted.pem").display().to_string();
+    let command = bench.send_command(&url, &["app.log", "--ca", &ca]);
+    Process::start("sender", command, bench.path("sender.log"))
+}
+
+/// The sender says what is wrong, keeps trying slowly, and sends everything once the certificate is right.
+fn refused(break_it: impl FnOnce(&Authority, &Path), said: &[&str]) {
+    let bench = Bench::new();
+    let folder = bench.path("");
+    let authority = Authority::new(&folder);
+    break_it(&authority, &folder);
+    let mut receiver = receiver(&bench);
+    bench.write("app.log", lines("line", 1_000));
+    let mut sender = sender(&bench, receiver.port());
+    for text in said {
+        sender.wait_for_log(text);
+    }
+    assert_slow_retries(&sender.log(), said[0]);
+
+    authority.sign(&folder, "localhost", |_| {});
+    receiver.restart();
+    wait_for_lines(&bench, 1_000);
+    assert_lines(&bench, "line", 1_000);
+    assert!(sender.stop().success());
+}
+
+#[test]
+fn an_expired_certificate_is_named_and_nothing_is_lost() {
+    refused(
+        |authority, folder| {
+            authority.sign(folder, "localhost", |params| {
+                params.not_before = rcgen::date_time_ymd(2020, 1, 1);
+                params.not_after = rcgen::date_time_ymd(2021, 1, 1);
+            });
+        },
+        &["the server's certificate has expired", "renew it"],
+    );
+}
+
+#[test]
+fn a_certificate_for_another_name_is_named_and_nothing_is_lost() {
+    refused(
+        |authority, folder| authority.sign(folder, "logs.example.org", |_| {}),
+        &["the server's certificate is for another name", "logs.example.org"],
+    );
+}
+
+#[test]
+fn a_certificate_of_an_unknown_authority_is_named_and_nothing_is_lost() {
+    refused(
+        |_, folder| {
+            Certificates::make(folder);
+        },
+        &["the server's certificate comes from an unknown authority", "--ca"],
+    );
+}
+
+#[test]
+fn a_certificate_that_is_wrong_ends_once_at_once() {
+    let bench = Bench::new();
+    let authority = Authority::new(&bench.path(""));
+    authority.sign(&bench.path(""), "logs.example.org", |_| {});
+    let receiver = receiver(&bench);
+    bench.write("app.log", "a line\n");
+    let url = format!("wss://localhost:{}/", receiver.port());
+    let ca = bench.path("trusted.pem").display().to_string();
+    let output = bench
+        .send_command(&url, &["app.log", "--ca", &ca, "--once"])
+        .output()
+        .expect("waybill send");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("the server's certificate is for another name"), "{said}");
+}
+
+/// The shipped configuration with the paths of this test.
+fn nginx_text(folder: &Path, port: u16) -> String {
+    let mut text =
+        fs::read_to_string(root().join("nginx/receiver.conf")).expect("the shipped file");
+    let at = |name: &str| folder.join(name).display().to_string();
+    for (from, to) in [
+        ("/etc/ssl/certs/logs.example.org.pem", at("server.pem")),
+        ("/etc/ssl/private/logs.example.org.key", at("server.key")),
+        ("listen 443 ssl;", format!("listen 127.0.0.1:{port} ssl;")),
+        ("    listen [::]:443 ssl;\n", String::new()),
+        ("unix:/run/waybill/receive.sock:", format!("unix:{}:", at("receive.sock"))),
+    ] {
+        assert!(text.contains(from), "the shipped file no longer holds {from:?}");
+        text = text.replace(from, &to);
+    }
+    format!("events {{}}\nhttp {{\n{text}}}\n")
+}
+
+#[test]
+fn lines_through_the_shipped_nginx_survive_its_reloads_and_restarts() {
+    const LINES: usize = 20_000;
+    let bench = Bench::new();
+    let folder = bench.path("");
+    Authority::new(&folder).sign(&folder, "localhost", |_| {});
+    bench.token("test");
+    let port = free_port();
+    let text = nginx_text(&folder, port);
+    let Some(mut nginx) = Nginx::start(&text) else {
+        return;
+    };
+    let mut command = waybill();
+    command.arg("receive").arg("--tokens").arg(bench.path("tokens.toml"));
+    command.arg("--listen").arg(format!("unix:{}", bench.path("receive.sock").display()));
+    command.arg("--store").arg(bench.path("store.sqlite"));
+    let receiver = Process::start("receiver", command, bench.path("receiver.log"));
+    receiver.wait_for_log("listening");
+
+    let arguments =
+        ["app.log", "--ca", &bench.path("trusted.pem").display().to_string()].map(str::to_owned);
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let url = format!("wss://localhost:{port}/");
+    let command = bench.send_command(&url, &arguments);
+    let written = lines("line", LINES);
+    bench.write("app.log", "");
+    let mut sender = Process::start("sender", command, bench.path("sender.log"));
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            // A piece at a time until the last restart is over, so that every disturbance meets lines on their way.
+            for piece in written.as_bytes().chunks(1_013) {
+                bench.append("app.log", piece);
+                if !done.load(Ordering::Relaxed) {
+                    thread::sleep(std::time::Duration::from_millis(10));
+                }
+            }
+        });
+        wait_until("first lines", PATIENCE, || !bench.messages().is_empty());
+        nginx.reload(&text);
+        let connections = || receiver.log().matches("sender connected").count();
+        let before = connections();
+        nginx.stop();
+        nginx.restart();
+        wait_until("the sender is back after a restart", PATIENCE, || connections() > before);
+        let before = connections();
+        nginx.kill_hard();
+        nginx.restart();
+        wait_until("the sender is back after a kill", PATIENCE, || connections() > before);
+        done.store(true, Ordering::Relaxed);
+    });
+    wait_for_lines(&bench, LINES);
+    assert_lines(&bench, "line", LINES);
+    assert!(sender.stop().success());
+}
