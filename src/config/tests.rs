@@ -468,7 +468,7 @@ fn the_documented_examples_load() {
 
     let loaded = desk.send(SendLayer::default(), &read("sender.toml")).expect("a sender");
     assert!(loaded.warnings.is_empty(), "{:?}", loaded.warnings);
-    assert_eq!(loaded.config.sources.len(), 3);
+    assert_eq!(loaded.config.sources.len(), 5);
     assert_eq!(
         loaded.config.sources[2].input,
         Input::UnixStream { path: "/run/waybill/syslog.sock".into(), mode: 0o660 }
