@@ -324,11 +324,13 @@ pub struct Token {
     long_about = "Finds lines in the embedded store, or in Elasticsearch where that is named."
 )]
 #[command(after_long_help = "\
-A query is words, all of which must be there; \"a phrase\" in quotes; and field:value.
+A query is words, all of which must be there; \"a phrase\" in quotes; and field:value. A '-' before any of \
+them leaves out what has it; a query that starts with one goes behind '--'.
 
 Examples:
   waybill search error --store store.sqlite
   waybill search '\"connection refused\" host.name:web-1' --after 2h
+  waybill search 'error -process.name:cron'
   waybill search http.response.status_code:502 --elasticsearch http://127.0.0.1:9200 --json")]
 pub struct Search {
     /// Words, a \"phrase\", field:value; nothing finds every line

@@ -189,7 +189,7 @@ pub async fn run(config: SendConfig, shutdown: Shutdown) -> Result<Summary, Send
     let config = Arc::new(config);
     let state = Arc::new(State::open(&config.state_dir, &machine_identity())?);
     if state.was_cloned() {
-        warn!("this state directory comes from another machine: new rows open at its positions");
+        warn!("this state directory comes from another machine: new rows opened at its positions");
     }
     let tls = match config.to.iter().any(|endpoint| endpoint.tls) {
         true => Some(client_config(config.ca.as_deref())?),

@@ -185,7 +185,15 @@ impl SpoolFollower {
                         self.spool.end_segment();
                     }
                 }
-                Some(ended) = self.tasks.join_next() => healthy &= self.stream_ended(ended),
+                Some(ended) = self.tasks.join_next() => {
+                    if !self.stream_ended(ended) {
+                        healthy = false;
+                        // With --once: nobody waits for a person.
+                        if self.ended {
+                            return healthy;
+                        }
+                    }
+                }
             }
         }
         while let Some(ended) = self.tasks.join_next().await {

@@ -42,7 +42,8 @@ fn every_message_shown_is_one_of_ours_and_says_all_of_it() {
     let examples = blocks(&document(), "json");
     let mut types = Vec::new();
     for example in examples {
-        let control = Control::decode(&example).unwrap_or_else(|error| panic!("{error}: {example}"));
+        let control =
+            Control::decode(&example).unwrap_or_else(|error| panic!("{error}: {example}"));
         let shown: Value = serde_json::from_str(&example).expect("JSON");
         let written: Value = serde_json::from_str(&control.encode()).expect("JSON");
         assert_eq!(shown, written, "{example}");
@@ -89,7 +90,11 @@ fn the_vectors_of_document_ids_are_what_we_compute() {
         let sender = SenderId(code(sender).parse().expect("a UUID"));
         let segment = SegmentId(code(segment).parse().expect("a UUID"));
         let offset = offset.parse().expect("an offset");
-        assert_eq!(IdPrefix::new(sender, segment).id(offset, &payload).to_string(), code(id), "{row}");
+        assert_eq!(
+            IdPrefix::new(sender, segment).id(offset, &payload).to_string(),
+            code(id),
+            "{row}"
+        );
         checked += 1;
     }
     assert!(checked >= 6, "only {checked} vectors found");
@@ -101,13 +106,16 @@ fn the_limits_and_the_index_shown_are_ours() {
     for number in [FRAME_BYTES_MAX, FRAMES_OUTSTANDING_MAX] {
         assert!(text.contains(&number.to_string()), "{number}");
     }
-    let thousands = format!("{},{:03},{:03}", MESSAGE_BYTES_MAX / 1_000_000, MESSAGE_BYTES_MAX / 1000 % 1000, MESSAGE_BYTES_MAX % 1000);
+    let thousands = format!(
+        "{},{:03},{:03}",
+        MESSAGE_BYTES_MAX / 1_000_000,
+        MESSAGE_BYTES_MAX / 1000 % 1000,
+        MESSAGE_BYTES_MAX % 1000
+    );
     assert!(text.contains(&thousands), "{thousands}");
     assert!(text.contains(SUBPROTOCOL));
-    let name = IndexRule::default().name(
-        &"nginx".parse().expect("a type"),
-        "2026-11-21".parse().expect("a day"),
-    );
+    let name = IndexRule::default()
+        .name(&"nginx".parse().expect("a type"), "2026-11-21".parse().expect("a day"));
     assert!(text.contains(&format!("`{name}`")), "{name}");
 }
 
