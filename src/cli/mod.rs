@@ -78,6 +78,11 @@ Examples:
     waybill send '/var/log/nginx/*.log' --unix-datagram /run/waybill/nginx.sock --type nginx \\
       --to wss://logs.example.com/ --token-file /etc/waybill/token
 
+  Syslog of other machines, by UDP and by TLS:
+    waybill send --syslog-udp 0.0.0.0:514 --syslog-tls 0.0.0.0:6514 --type syslog \\
+      --syslog-tls-cert chain.pem --syslog-tls-key key.pem \\
+      --to wss://logs.example.com/ --token-file /etc/waybill/token
+
   Backfill once, compressed files too, with one JSON receipt per line:
     waybill send '/var/log/app.log*' --once --receipts receipts.jsonl \\
       --to wss://logs.example.com/ --token-file /etc/waybill/token
@@ -120,6 +125,21 @@ pub struct Send {
     /// Address on loopback where lines are posted over HTTP, as syslog-ng's http() does
     #[arg(long, value_name = "HOST:PORT", value_parser = value::tcp_address, help_heading = "Sources")]
     pub http_intake: Vec<SocketAddr>,
+    /// Address to take syslog over UDP at; what the kernel drops is counted
+    #[arg(long, value_name = "HOST:PORT", value_parser = value::syslog_address, help_heading = "Sources")]
+    pub syslog_udp: Vec<SocketAddr>,
+    /// Address to take syslog over TCP at, lines or octet-counted (RFC 6587)
+    #[arg(long, value_name = "HOST:PORT", value_parser = value::syslog_address, help_heading = "Sources")]
+    pub syslog_tcp: Vec<SocketAddr>,
+    /// Address to take syslog over TLS at (RFC 5425)
+    #[arg(long, value_name = "HOST:PORT", value_parser = value::syslog_address, help_heading = "Sources")]
+    pub syslog_tls: Vec<SocketAddr>,
+    /// PEM file with the certificate chain that --syslog-tls shows
+    #[arg(long, value_name = "PEM", requires = "syslog_tls", help_heading = "Sources")]
+    pub syslog_tls_cert: Option<PathBuf>,
+    /// PEM file with its key
+    #[arg(long, value_name = "PEM", requires = "syslog_tls", help_heading = "Sources")]
+    pub syslog_tls_key: Option<PathBuf>,
     /// Where files start that are there at the first run: beginning or end [default: beginning]
     #[arg(long, value_name = "WHERE", value_parser = value::start, help_heading = "Sources")]
     pub start: Option<Start>,

@@ -91,8 +91,8 @@ fn bad_senders_say_where_and_what_is_allowed() {
         (
             with_source("  typ = 'nginx'\n"),
             "c.toml:5:3: source.typ: unknown key; allowed here: files, follow_symlinks, format, \
-             http_intake, labels, mode, name, start, stdin, tags, timezone, type, unix_datagram, \
-             unix_stream"
+             http_intake, labels, mode, name, receive_buffer, start, stdin, syslog_tcp, syslog_tls, syslog_udp, \
+             tags, timezone, tls_cert, tls_key, type, unix_datagram, unix_stream"
                 .to_owned(),
         ),
         (
@@ -117,12 +117,33 @@ fn bad_senders_say_where_and_what_is_allowed() {
         ),
         (
             with_source("mode = '0600'\n"),
-            "c.toml:5:1: source.mode: only a socket has a mode: remove it".to_owned(),
+            "c.toml:5:1: source.mode: only a Unix socket has a mode: remove it".to_owned(),
+        ),
+        (
+            with_source("receive_buffer = '1MiB'\n"),
+            "c.toml:5:1: source.receive_buffer: only syslog_udp has a receive buffer: remove it"
+                .to_owned(),
+        ),
+        (
+            format!("{SEND}[[source]]\nsyslog_tcp = '[::]:514'\ntls_key = 'x'\n"),
+            "c.toml:5:1: source.tls_key: only syslog_tls has a certificate: remove it".to_owned(),
+        ),
+        (
+            format!("{SEND}[[source]]\nsyslog_tls = '[::]:6514'\ntls_key = 'x'\n"),
+            "c.toml:4:1: source.syslog_tls: syslog over TLS needs a certificate and its key: give \
+             --syslog-tls-cert FILE and --syslog-tls-key FILE (tls_cert, tls_key)"
+                .to_owned(),
+        ),
+        (
+            format!("{SEND}[[source]]\nsyslog_udp = '514'\n"),
+            "c.toml:4:1: source.syslog_udp: address \"514\" must be HOST:PORT or [IPv6]:PORT, such \
+             as 0.0.0.0:514"
+                .to_owned(),
         ),
         (
             with_source("unix_stream = '/run/x'\n"),
             "c.toml:5:1: source.unix_stream: a source has exactly one of files, unix_datagram, \
-             unix_stream, http_intake, stdin"
+             unix_stream, http_intake, syslog_udp, syslog_tcp, syslog_tls, stdin"
                 .to_owned(),
         ),
         (
@@ -135,7 +156,7 @@ fn bad_senders_say_where_and_what_is_allowed() {
         (
             format!("{SEND}[[source]]\nname = 'x'\n"),
             "c.toml:3:1: source: a source has exactly one of files, unix_datagram, unix_stream, \
-             http_intake, stdin"
+             http_intake, syslog_udp, syslog_tcp, syslog_tls, stdin"
                 .to_owned(),
         ),
         (
@@ -264,6 +285,7 @@ fn flags_go_before_the_file() {
         inputs: vec![At { value: file, place }],
         refused: false,
         mode: None,
+        syslog: SyslogSettings::default(),
         settings: SourceSettings::default(),
     };
     let flags = SendLayer { sources: vec![source], ..SendLayer::default() };
@@ -453,7 +475,7 @@ fn the_documented_examples_load() {
 
     let loaded = desk.send(SendLayer::default(), &read("sender.toml")).expect("a sender");
     assert!(loaded.warnings.is_empty(), "{:?}", loaded.warnings);
-    assert_eq!(loaded.config.sources.len(), 4);
+    assert_eq!(loaded.config.sources.len(), 6);
     assert_eq!(
         loaded.config.sources[2].input,
         Input::UnixStream { path: "/run/waybill/syslog.sock".into(), mode: 0o660 }

@@ -118,7 +118,11 @@ impl Context {
             Input::UnixDatagram { path, .. } | Input::UnixStream { path, .. } => {
                 crate::record::escape_path(path)
             }
-            Input::Files { .. } | Input::Stdin | Input::HttpIntake { .. } => String::new(),
+            Input::Files { .. }
+            | Input::Stdin
+            | Input::HttpIntake { .. }
+            | Input::SyslogUdp { .. }
+            | Input::SyslogTcp { .. } => String::new(),
         }
     }
 }

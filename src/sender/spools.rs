@@ -73,6 +73,12 @@ impl SpoolSource {
             }
             Input::UnixStream { path, mode } => Intake::Stream(StreamSource::bind(path, *mode)?),
             Input::HttpIntake { address } => Intake::Http(HttpIntake::bind(*address)?),
+            Input::SyslogUdp { address, receive_buffer } => {
+                Intake::Datagram(DatagramSource::bind_udp(*address, *receive_buffer)?)
+            }
+            Input::SyslogTcp { address, tls } => {
+                Intake::Stream(StreamSource::bind_tcp(*address, tls.as_ref())?)
+            }
         };
         let folder = directory(state_dir, &attributes.source.name);
         let spool = Arc::new(Spool::open(&folder, budget.clone())?);

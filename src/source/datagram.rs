@@ -1,34 +1,48 @@
-//! A Unix datagram socket, such as nginx's `syslog:server=unix:` writes to.
+//! Datagram sockets: a Unix one, such as nginx's `syslog:server=unix:` writes to, and syslog over
+//! UDP (RFC 5426).
 //!
-//! Its senders never block: while the kernel's queue is full their lines are gone, and nothing
-//! tells us. That queue is counted in datagrams, `net.unix.max_dgram_qlen` at the time of the
-//! bind, so a thread of its own drains it and never waits for a sync, only for room.
+//! Their senders never wait for us. A Unix socket's queue is counted in datagrams,
+//! `net.unix.max_dgram_qlen` at the time of the bind, and while it is full its senders' lines are
+//! gone without our knowing. A UDP socket's queue is its receive buffer, and the kernel counts what
+//! it had to drop. So a thread of its own drains either and never waits for a sync, only for room.
 
-use std::io;
-use std::net::Shutdown;
+use std::net::{Shutdown, SocketAddr, UdpSocket};
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::sync::Arc;
-use std::{fs, thread};
+use std::{fs, io, thread};
 
 use rustix::net::RecvFlags;
+use socket2::Socket;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
+use super::drops::{self, Drops};
 use super::socket::{BindError, Intake, SocketFile, SourceError};
 use crate::record::escape_path;
 use crate::spool::{Spool, SpoolError, Throttle};
 
-/// The longest datagram that is taken whole, in bytes. A sender's own bound is its send buffer,
-/// 212,960 bytes by default; pages that no datagram reaches are never touched.
+/// The longest datagram that is taken whole, in bytes. A Unix sender's own bound is its send
+/// buffer, 212,960 bytes by default, and UDP ends at 65,507; pages that no datagram reaches are
+/// never touched.
 const DATAGRAM_BYTES_MAX: usize = 4 << 20;
 
 /// A bound socket, before its first datagram is read.
 #[derive(Debug)]
 pub struct DatagramSource {
-    socket: Arc<UnixDatagram>,
-    file: SocketFile,
+    socket: Arc<Socket>,
+    /// As log lines name it: the path, or the address.
+    name: String,
+    kind: Kind,
+}
+
+#[derive(Debug)]
+enum Kind {
+    /// Senders are refused at a stop.
+    Unix(SocketFile),
+    /// Senders cannot be refused, and drops are counted.
+    Udp,
 }
 
 impl DatagramSource {
@@ -40,15 +54,52 @@ impl DatagramSource {
     pub fn bind(path: &Path, mode: u32) -> Result<DatagramSource, BindError> {
         let (socket, file) = SocketFile::bind(path, mode, |path| UnixDatagram::bind(path))?;
         let queue = fs::read_to_string("/proc/sys/net/unix/max_dgram_qlen").unwrap_or_default();
+        let name = escape_path(path);
         tracing::info!(
-            socket = %escape_path(path), queue_datagrams = queue.trim(),
+            socket = %name, queue_datagrams = queue.trim(),
             "listening for datagrams; when the queue is full their senders drop lines",
         );
-        Ok(DatagramSource { socket: Arc::new(socket), file })
+        Ok(DatagramSource { socket: Arc::new(socket.into()), name, kind: Kind::Unix(file) })
     }
 
-    /// Spools one record per datagram until the stop. Then senders are refused, what is queued is
-    /// taken, the file is unlinked, and all is synced.
+    /// Binds a UDP address and asks for a receive buffer of so many bytes, which holds what
+    /// arrives while this process does not run. Port 0 takes a free one, which is logged.
+    ///
+    /// # Errors
+    ///
+    /// Where the address is in use, is none of this machine's, or may not be bound.
+    pub fn bind_udp(
+        address: SocketAddr,
+        receive_buffer: usize,
+    ) -> Result<DatagramSource, BindError> {
+        let failed = |source| BindError::address(address, source);
+        let socket: Socket = UdpSocket::bind(address).map_err(failed)?.into();
+        // So often the drops are looked at while nothing arrives.
+        socket.set_read_timeout(Some(drops::LOOK_INTERVAL)).map_err(failed)?;
+        // Only root may pass the machine's bound.
+        if rustix::net::sockopt::set_socket_recv_buffer_size_force(&socket, receive_buffer).is_err()
+        {
+            socket.set_recv_buffer_size(receive_buffer).map_err(failed)?;
+        }
+        // The kernel doubles what it grants, to pay for its own bookkeeping (socket(7)).
+        let granted = socket.recv_buffer_size().map_err(failed)? / 2;
+        let bound = socket.local_addr().ok().and_then(|address| address.as_socket());
+        let name = bound.unwrap_or(address).to_string();
+        tracing::info!(
+            socket = %name, receive_buffer = granted,
+            "listening for datagrams; what finds the receive buffer full is lost, and counted",
+        );
+        if granted < receive_buffer {
+            tracing::warn!(
+                socket = %name, receive_buffer = granted, wanted = receive_buffer,
+                "the kernel grants a smaller receive buffer: set net.core.rmem_max by sysctl(8)",
+            );
+        }
+        Ok(DatagramSource { socket: Arc::new(socket), name, kind: Kind::Udp })
+    }
+
+    /// Spools one record per datagram until the stop. Then what is queued is taken (senders to a
+    /// Unix socket are refused, and its file is unlinked), and all is synced.
     ///
     /// # Errors
     ///
@@ -62,9 +113,10 @@ impl DatagramSource {
         let stop = Stop { socket: self.socket.clone(), token: shutdown.child_token() };
         let drain = Drain {
             socket: self.socket.clone(),
-            path: escape_path(self.file.path()),
+            name: self.name.clone(),
             intake: Intake { spool: spool.clone(), shutdown: stop.token.clone() },
             runtime: Handle::current(),
+            drops: matches!(self.kind, Kind::Udp).then(Drops::new),
             truncated: Throttle::default(),
             waited: Throttle::default(),
         };
@@ -83,84 +135,143 @@ impl DatagramSource {
                 ended.await
             }
         };
-        self.file.unlink();
+        if let Kind::Unix(file) = &self.kind {
+            file.unlink();
+        }
         spool.flush().await?;
         end.unwrap_or_else(|_| Err(io::Error::other("the draining thread panicked")))
-            .map_err(|source| SourceError::Read { from: escape_path(self.file.path()), source })
+            .map_err(|source| SourceError::Read { from: self.name, source })
     }
 }
 
-/// Ends the thread when dropped: `shutdown` wakes it, refuses senders, and leaves the queue.
+/// Ends the thread when dropped: `shutdown` wakes it, refuses a Unix socket's senders, and leaves
+/// the queue.
 struct Stop {
-    socket: Arc<UnixDatagram>,
+    socket: Arc<Socket>,
     token: CancellationToken,
 }
 
 impl Drop for Stop {
     fn drop(&mut self) {
         self.token.cancel();
-        if let Err(error) = self.socket.shutdown(Shutdown::Read) {
-            tracing::warn!(%error, "cannot shut a datagram socket down");
+        match self.socket.shutdown(Shutdown::Read) {
+            // Said of UDP, whose reader is woken all the same.
+            Err(error) if error.kind() == io::ErrorKind::NotConnected => {}
+            Err(error) => tracing::warn!(%error, "cannot shut a datagram socket down"),
+            Ok(()) => {}
         }
     }
 }
 
 struct Drain {
-    socket: Arc<UnixDatagram>,
-    path: String,
+    socket: Arc<Socket>,
+    name: String,
     intake: Intake,
     runtime: Handle,
+    /// Of a UDP socket.
+    drops: Option<Drops>,
     truncated: Throttle,
     waited: Throttle,
 }
 
 impl Drain {
-    fn run(&self) -> io::Result<()> {
+    fn run(mut self) -> io::Result<()> {
+        let end = self.drain();
+        if let Some(drops) = &mut self.drops {
+            drops.look_now(&*self.socket, &self.name);
+        }
+        end
+    }
+
+    fn drain(&mut self) -> io::Result<()> {
         let mut buffer = vec![0; DATAGRAM_BYTES_MAX];
-        let mut stopping = false;
+        // Once stopping: how many more bytes of payload may have been queued by then.
+        let mut queued: Option<usize> = None;
         loop {
-            if !stopping && self.intake.shutdown.is_cancelled() {
-                stopping = true;
+            if queued.is_none() && self.intake.shutdown.is_cancelled() {
                 self.socket.set_nonblocking(true)?;
+                queued = Some(match self.drops {
+                    // Nobody can refuse the senders, so that the queue need never be empty.
+                    Some(_) => self.socket.recv_buffer_size()?,
+                    None => usize::MAX,
+                });
             }
-            if !stopping && self.runtime.block_on(self.intake.room()) {
-                self.note_wait();
+            if queued.is_none() {
+                self.wait_for_room();
             }
             // TRUNC: the answer is the datagram's own length.
             match rustix::net::recv(&*self.socket, &mut buffer[..], RecvFlags::TRUNC) {
-                Ok((taken, length)) => self.spool(&buffer[..taken], length),
+                Ok((taken, length)) => {
+                    self.spool(&buffer[..taken], length);
+                    if let Some(left) = &mut queued {
+                        // An empty datagram takes room as well.
+                        match left.checked_sub(taken.max(1)) {
+                            Some(rest) => *left = rest,
+                            None => return Ok(()),
+                        }
+                    }
+                }
                 Err(error) => match io::Error::from(error) {
                     error if error.kind() == io::ErrorKind::Interrupted => {}
-                    error if stopping && error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                    error if error.kind() == io::ErrorKind::WouldBlock => {
+                        if queued.is_some() {
+                            return Ok(());
+                        }
+                    }
                     error => return Err(error),
                 },
+            }
+            if let Some(drops) = &mut self.drops {
+                drops.look(&*self.socket, &self.name);
             }
         }
     }
 
+    /// Runs what may have to wait for the spool; what the kernel drops meanwhile is reported
+    /// meanwhile.
+    fn wait<'s, T, F>(&'s mut self, future: impl FnOnce(&'s Intake) -> F) -> T
+    where
+        F: Future<Output = T> + 's,
+    {
+        let future = future(&self.intake);
+        let Some(drops) = &mut self.drops else { return self.runtime.block_on(future) };
+        let (socket, name) = (&*self.socket, &self.name);
+        self.runtime.block_on(async {
+            tokio::pin!(future);
+            loop {
+                tokio::select! {
+                    biased;
+                    done = &mut future => return done,
+                    () = tokio::time::sleep(drops::LOOK_INTERVAL) => drops.look(socket, name),
+                }
+            }
+        })
+    }
+
+    fn wait_for_room(&mut self) {
+        let waited = self.wait(Intake::room);
+        if waited && let Some(times) = self.waited.count() {
+            tracing::warn!(
+                socket = %self.name, times,
+                "the spool had no room, so that datagrams waited in the kernel's queue; when that \
+                 is full lines are lost",
+            );
+        }
+    }
+
     /// One record per datagram (RFC 5426 §3.1), less one newline at its end.
-    fn spool(&self, datagram: &[u8], length: usize) {
+    fn spool(&mut self, datagram: &[u8], length: usize) {
         if length > datagram.len()
             && let Some(times) = self.truncated.count()
         {
             tracing::warn!(
-                socket = %self.path, length, taken = datagram.len(), times,
+                socket = %self.name, length, taken = datagram.len(), times,
                 "a datagram was longer than the limit: its end is lost; send it over a stream",
             );
         }
         let payload = datagram.strip_suffix(b"\n").unwrap_or(datagram);
         if !payload.is_empty() {
-            self.runtime.block_on(self.intake.append(payload));
-        }
-    }
-
-    fn note_wait(&self) {
-        if let Some(times) = self.waited.count() {
-            tracing::warn!(
-                socket = %self.path, times,
-                "the spool had no room, so that datagrams waited in the kernel's queue; when that \
-                 is full their senders drop lines",
-            );
+            self.wait(|intake| intake.append(payload));
         }
     }
 }
@@ -238,6 +349,44 @@ mod tests {
         assert_eq!(records[0], b"two\nlines");
         assert_eq!(records[1..].concat(), huge);
         assert!(records.iter().all(|record| record.len() <= RECORD_BYTES_MAX));
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_is_queued_at_a_stop_is_taken_though_udp_senders_go_on() {
+        let dir = TempDir::new().expect("dir");
+        let loopback = SocketAddr::from(([127, 0, 0, 1], 0));
+        let source = DatagramSource::bind_udp(loopback, 1 << 20).expect("bind");
+        let address = source.name.clone();
+        let budget = Arc::new(Budget::new(1 << 30));
+        let spool = Arc::new(Spool::open(&dir.path().join("spool"), budget).expect("spool"));
+        let client = UdpSocket::bind("127.0.0.1:0").expect("socket");
+        client.connect(address).expect("connect");
+        for number in 0..100 {
+            client.send(format!("<13>line {number}\n").as_bytes()).expect("send");
+        }
+        let over = CancellationToken::new();
+        let going_on = over.clone();
+        let flood = tokio::task::spawn_blocking(move || {
+            while !going_on.is_cancelled() {
+                let _ = client.send(b"more");
+            }
+        });
+        let shutdown = CancellationToken::new();
+        shutdown.cancel();
+        source.run(spool.clone(), shutdown).await.expect("an end all the same");
+        over.cancel();
+        flood.await.expect("flood");
+        let records = spooled(&spool);
+        let expected: Vec<_> = (0..100).map(|n| format!("<13>line {n}").into_bytes()).collect();
+        assert_eq!(records[..100], expected);
+    }
+
+    #[test]
+    fn a_udp_address_in_use_says_so() {
+        let holder = UdpSocket::bind("127.0.0.1:0").expect("bind");
+        let address = holder.local_addr().expect("address");
+        let error = DatagramSource::bind_udp(address, 1 << 20).expect_err("in use");
+        assert!(matches!(error, BindError::AddressInUse { .. }), "{error}");
     }
 
     /// Full means that nothing more is taken from the kernel's queue, and a stop still loses

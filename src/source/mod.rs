@@ -2,7 +2,9 @@
 
 pub mod files;
 
+mod connection;
 pub mod datagram;
+mod drops;
 mod framer;
 pub mod http_intake;
 mod socket;

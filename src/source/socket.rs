@@ -1,4 +1,5 @@
-//! What the Unix sockets and standard input share: claiming a path, handing records to the spool.
+//! What the sockets and standard input share: claiming a path or an address, handing records to
+//! the spool.
 
 use std::fs;
 use std::io;
@@ -14,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::record::{RECORD_BYTES_MAX, escape_path};
 use crate::spool::{Spool, SpoolError};
+use crate::tls::TlsError;
 
 /// The longest socket path, in bytes: `sun_path` less its final NUL (unix(7)).
 const PATH_BYTES_MAX: usize = 107;
@@ -49,23 +51,41 @@ pub enum BindError {
         /// The socket's path.
         path: String,
     },
-    /// Another process listens on the TCP address.
-    #[error("{address}: another process is listening on it: stop it, or name another port")]
+    /// Somebody listens at an address.
+    #[error("{address} is in use: stop what listens there, or choose another port")]
     AddressInUse {
         /// As configured.
         address: SocketAddr,
     },
-    /// The TCP address is not ours, or its port needs a privilege.
+    /// A port below 1024 that this user may not use.
     #[error(
-        "{address}: cannot listen there: name an address of this machine and a port above 1023"
+        "{address} may not be bound by this user: choose a port above 1023, or grant \
+         CAP_NET_BIND_SERVICE (AmbientCapabilities= of the service)"
     )]
+    AddressDenied {
+        /// As configured.
+        address: SocketAddr,
+    },
+    /// The address belongs to another machine, or to none.
+    #[error(
+        "{address} is no address of this machine: choose one that `ip address` lists, or 0.0.0.0"
+    )]
+    AddressElsewhere {
+        /// As configured.
+        address: SocketAddr,
+    },
+    /// Any other trouble with an address.
+    #[error("{address} cannot be bound: {source}")]
     Address {
         /// As configured.
         address: SocketAddr,
         /// Why.
         source: io::Error,
     },
-    /// Anything else, mostly permissions.
+    /// The certificate or its key is unfit.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// Anything else with a path, mostly permissions.
     #[error("{path}: cannot bind the socket: check the owner and permissions of its directory")]
     Io {
         /// The socket's path.
@@ -79,6 +99,15 @@ impl BindError {
     fn io(path: &Path, source: io::Error) -> BindError {
         BindError::Io { path: escape_path(path), source }
     }
+
+    pub(super) fn address(address: SocketAddr, source: io::Error) -> BindError {
+        match source.kind() {
+            io::ErrorKind::AddrInUse => BindError::AddressInUse { address },
+            io::ErrorKind::PermissionDenied => BindError::AddressDenied { address },
+            io::ErrorKind::AddrNotAvailable => BindError::AddressElsewhere { address },
+            _ => BindError::Address { address, source },
+        }
+    }
 }
 
 /// Why a source that feeds a spool ended before it was told to.
@@ -87,7 +116,7 @@ pub enum SourceError {
     /// The kernel gives no more bytes; what came before is synced.
     #[error("cannot read {from}")]
     Read {
-        /// The socket's path, or `standard input`.
+        /// The socket's path or address, or `standard input`.
         from: String,
         /// Why.
         source: io::Error,
@@ -123,10 +152,6 @@ impl SocketFile {
         let file = SocketFile { path: path.to_owned(), identity };
         fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(failed)?;
         Ok((socket, file))
-    }
-
-    pub fn path(&self) -> &Path {
-        &self.path
     }
 
     /// Unlinks the file, unless another process has bound its own there meanwhile.

@@ -19,6 +19,7 @@ mod rotation;
 mod servers_smoke;
 mod sockets;
 mod state;
+mod syslog_network;
 mod syslog_ng;
 mod tokens;
 mod versions;
