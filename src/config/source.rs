@@ -156,10 +156,17 @@ fn without_dot(path: &str) -> &str {
 
 impl SourceLayer {
     pub(super) fn read(table: &mut Table<'_>) -> SourceLayer {
-        let named =
-            ["files", "unix_datagram", "unix_stream", "http_intake", "syslog_udp", "syslog_tcp", "syslog_tls"]
-                .iter()
-                .any(|key| table.has(key));
+        let named = [
+            "files",
+            "unix_datagram",
+            "unix_stream",
+            "http_intake",
+            "syslog_udp",
+            "syslog_tcp",
+            "syslog_tls",
+        ]
+        .iter()
+        .any(|key| table.has(key));
         let base = table.base().to_owned();
         let files = table.text("files", |text| absolute(&value::pattern(text)?, text, &base));
         let datagram = table.path("unix_datagram").map(|at| at.map(TypedInput::UnixDatagram));
