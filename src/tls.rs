@@ -1,4 +1,4 @@
-//! Certificates and rustls configurations, for the transport.
+//! Certificates and rustls configurations, for the transport and for syslog over TLS.
 //!
 //! The crypto provider is passed explicitly: no global state decides which one is used.
 
@@ -124,9 +124,48 @@ fn native_roots() -> Result<RootCertStore, TlsError> {
     Ok(roots)
 }
 
-/// For listening. A certificate whose time is over is served all the same, with a warning: its
-/// clients say what is wrong, and those that trust it anyway go on working.
+/// For listening to WebSockets: HTTP/1.1 is announced (RFC 7301).
 pub fn server_config(files: &ServerTls) -> Result<Arc<ServerConfig>, TlsError> {
+    let mut config = certified(files)?;
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    Ok(Arc::new(config))
+}
+
+/// Takes TLS connections that carry something else than HTTP, such as syslog (RFC 5425).
+#[derive(Clone)]
+pub struct Acceptor(tokio_rustls::TlsAcceptor);
+
+/// A connection whose handshake is done.
+pub type ServerStream<S> = tokio_rustls::server::TlsStream<S>;
+
+impl Acceptor {
+    /// With this certificate, for peers of TLS 1.2 or 1.3.
+    pub fn new(files: &ServerTls) -> Result<Acceptor, TlsError> {
+        certified(files).map(|config| Acceptor(Arc::new(config).into()))
+    }
+
+    /// Does the handshake, which the caller bounds in time.
+    ///
+    /// # Errors
+    ///
+    /// Where the peer goes, speaks no TLS, or does not trust the certificate.
+    pub async fn accept<S>(&self, stream: S) -> io::Result<ServerStream<S>>
+    where
+        S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
+    {
+        self.0.accept(stream).await
+    }
+}
+
+impl std::fmt::Debug for Acceptor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Acceptor").finish_non_exhaustive()
+    }
+}
+
+/// A certificate whose time is over is served all the same, with a warning: its clients say what
+/// is wrong, and those that trust it anyway go on working.
+fn certified(files: &ServerTls) -> Result<ServerConfig, TlsError> {
     let chain = certificates("certificate", &files.certificate)?;
     let key = private_key(&files.key)?;
     let now = Timestamp::try_from(SystemTime::now()).unwrap_or(Timestamp::MAX);
@@ -142,7 +181,7 @@ pub fn server_config(files: &ServerTls) -> Result<Arc<ServerConfig>, TlsError> {
         .map_err(TlsError::Setup)?
         .with_no_client_auth()
         .with_single_cert(chain, key);
-    let mut config = config.map_err(|error| match error {
+    config.map_err(|error| match error {
         rustls::Error::InconsistentKeys(_) => {
             TlsError::Mismatch { certificate: files.certificate.clone(), key: files.key.clone() }
         }
@@ -152,9 +191,7 @@ pub fn server_config(files: &ServerTls) -> Result<Arc<ServerConfig>, TlsError> {
             reason: fault.to_string(),
         },
         other => TlsError::Setup(other),
-    })?;
-    config.alpn_protocols = vec![b"http/1.1".to_vec()];
-    Ok(Arc::new(config))
+    })
 }
 
 fn read(what: &'static str, file: &Path) -> Result<Vec<u8>, TlsError> {
@@ -238,6 +275,18 @@ fn element(bytes: &[u8], tag: u8) -> Option<(&[u8], &[u8])> {
         }
     }
     rest.split_at_checked(length)
+}
+
+/// Connects as a peer does that trusts `authority`, to a certificate of `localhost`.
+#[cfg(test)]
+pub(crate) async fn dial_for_test(
+    address: &str,
+    authority: &Path,
+) -> tokio_rustls::client::TlsStream<tokio::net::TcpStream> {
+    let config = client_config(Some(authority)).expect("a configuration");
+    let stream = tokio::net::TcpStream::connect(address).await.expect("connect");
+    let name = rustls::pki_types::ServerName::try_from("localhost").expect("a name");
+    tokio_rustls::TlsConnector::from(config).connect(name, stream).await.expect("a handshake")
 }
 
 #[cfg(test)]

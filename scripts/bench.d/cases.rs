@@ -110,9 +110,20 @@ pub struct Bench {
     numbers: u32,
 }
 
-/// A real Elasticsearch.
+/// A real Elasticsearch. It is stopped when dropped.
 struct Node {
     url: String,
+    script: String,
+    folder: String,
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let stopped = Command::new(&self.script).args(["stop", &self.folder]).output();
+        if !stopped.is_ok_and(|output| output.status.success()) {
+            eprintln!("Elasticsearch in {} could not be stopped", self.folder);
+        }
+    }
 }
 
 impl Bench {
@@ -390,15 +401,19 @@ impl Bench {
         }
         let Some(Some(node)) = &self.elasticsearch else { return Ok(None) };
         let url = node.url.clone();
-        request("DELETE", &format!("{url}/waybill-*?expand_wildcards=open"))?;
+        // One by one: a wildcard is refused by default.
+        for index in request("GET", &format!("{url}/_cat/indices/waybill-*?h=index"))?.lines() {
+            request("DELETE", &format!("{url}/{}", index.trim()))?;
+        }
         Ok(Some(url))
     }
 
     fn start_node(&self, waybill: &Path) -> anyhow::Result<Option<Node>> {
         let script = std::env::var("WAYBILL_BENCH_ELASTICSEARCH_SCRIPT")
             .context("run this by scripts/bench")?;
-        let started = Command::new(script)
-            .args(["start", "8.17", "--dir", &self.text("node")])
+        let folder = self.text("node");
+        let started = Command::new(&script)
+            .args(["start", "8.17", "--dir", &folder])
             .args(["--die-with", &std::process::id().to_string()])
             .stderr(Stdio::inherit())
             .output()?;
@@ -409,12 +424,13 @@ impl Bench {
             _ => bail!("Elasticsearch did not start"),
         }
         let url = String::from_utf8(started.stdout)?.trim().to_owned();
+        let node = Node { url: url.clone(), script, folder };
         let setup = Command::new(waybill).args(["setup", "--elasticsearch", &url]).output()?;
         ensure!(setup.status.success(), "{}", String::from_utf8_lossy(&setup.stderr));
         // Its compiler has seen nothing yet: the first load is at half speed.
         let file = self.file("plain", self.elasticsearch_lines)?;
         self.load(&url, &file, &self.folder.join("warm-up.log"))?;
-        Ok(Some(Node { url }))
+        Ok(Some(node))
     }
 
     fn load(&self, url: &str, file: &Path, log: &Path) -> anyhow::Result<Usage> {
@@ -433,7 +449,7 @@ fn expect_documents(url: &str, lines: u64) -> anyhow::Result<()> {
 }
 
 fn request(method: &str, url: &str) -> anyhow::Result<String> {
-    let answer = Command::new("curl").args(["-sS", "-X", method, url]).output()?;
+    let answer = Command::new("curl").args(["-fsS", "-X", method, url]).output()?;
     ensure!(answer.status.success(), "{method} {url}: {}", String::from_utf8_lossy(&answer.stderr));
     Ok(String::from_utf8(answer.stdout)?)
 }

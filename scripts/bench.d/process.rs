@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{BufRead as _, BufReader};
-use std::os::unix::process::ExitStatusExt as _;
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -65,7 +65,10 @@ impl Process {
         stdout: Stdio,
     ) -> anyhow::Result<Process> {
         let name = Path::new(program).file_name().unwrap_or(program).to_string_lossy().into_owned();
-        let child = Command::new(program)
+        let mut command = Command::new(program);
+        // SAFETY: between fork and exec only one system call is made, which allocates nothing.
+        unsafe { command.pre_exec(die_with_parent) };
+        let child = command
             .args(arguments)
             .env_remove("WAYBILL_TOKEN_FILE")
             .stdin(stdin)
@@ -143,6 +146,15 @@ impl Process {
 impl Drop for Process {
     fn drop(&mut self) {
         self.kill();
+    }
+}
+
+/// A bench that is killed leaves no programs behind.
+fn die_with_parent() -> std::io::Result<()> {
+    // SAFETY: a plain system call on the calling process.
+    match unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
     }
 }
 

@@ -241,8 +241,11 @@ fn bulk(body: &[u8], filtered: bool, counts: &Counts, out: &mut Vec<u8>) -> anyh
     Ok(())
 }
 
+/// Index, id and, where there is one, the rest of an action line.
+type Parts<'a> = (&'a [u8], &'a [u8], Option<&'a [u8]>);
+
 /// Verb, index and id of `{"create":{"_index":"a","_id":"b"}}`.
-fn parts(action: &[u8]) -> Option<(&[u8], &[u8], Option<&[u8]>)> {
+fn parts(action: &[u8]) -> Option<Parts<'_>> {
     let rest = action.strip_prefix(br#"{""#)?;
     let (verb, rest) = until(rest, br#"":{"_index":""#)?;
     let quote = memchr::memchr(b'"', rest)?;

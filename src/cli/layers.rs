@@ -5,8 +5,8 @@ use std::path::Path;
 use super::{Elasticsearch, Logging, Receive, Send};
 use crate::config::{
     At, ConfigError, ElasticsearchLayer, Environment, Listen, LogLayer, Place, Problem,
-    ReceiptsTarget, ReceiveLayer, SendLayer, SourceLayer, SourceSettings, StoreLayer, TypedInput,
-    file_argument,
+    ReceiptsTarget, ReceiveLayer, SendLayer, SourceLayer, SourceSettings, StoreLayer,
+    SyslogSettings, TypedInput, file_argument,
 };
 
 const FILE: &str = "FILE";
@@ -67,9 +67,24 @@ impl Send {
         for path in self.unix_stream {
             inputs.push(At::flag("--unix-stream", TypedInput::UnixStream(base.join(path))));
         }
+        for address in self.http_intake {
+            inputs.push(At::flag("--http-intake", TypedInput::HttpIntake(address)));
+        }
+        for (name, addresses, input) in [
+            ("--syslog-udp", self.syslog_udp, TypedInput::SyslogUdp as fn(_) -> _),
+            ("--syslog-tcp", self.syslog_tcp, TypedInput::SyslogTcp),
+            ("--syslog-tls", self.syslog_tls, TypedInput::SyslogTls),
+        ] {
+            inputs.extend(addresses.into_iter().map(|address| At::flag(name, input(address))));
+        }
         if self.supervisor_events {
             inputs.push(At::flag("--supervisor-events", TypedInput::SupervisorEvents));
         }
+        let syslog = SyslogSettings {
+            tls_cert: flag("--syslog-tls-cert", self.syslog_tls_cert.map(|path| base.join(path))),
+            tls_key: flag("--syslog-tls-key", self.syslog_tls_key.map(|path| base.join(path))),
+            receive_buffer: None,
+        };
         if let Some(place) = settings.first().filter(|_| inputs.is_empty() && problems.is_empty()) {
             let message = "describes files and sockets of the command line, and there are none: \
                            name them, or set it under [[source]] in the file";
@@ -98,6 +113,7 @@ impl Send {
                     inputs: vec![input],
                     refused: false,
                     mode: None,
+                    syslog: syslog.clone(),
                     settings: settings.clone(),
                 })
                 .collect(),

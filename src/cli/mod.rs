@@ -6,6 +6,7 @@
 mod layers;
 
 use std::ffi::OsString;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -77,6 +78,11 @@ Examples:
     waybill send '/var/log/nginx/*.log' --unix-datagram /run/waybill/nginx.sock --type nginx \\
       --to wss://logs.example.com/ --token-file /etc/waybill/token
 
+  Syslog of other machines, by UDP and by TLS:
+    waybill send --syslog-udp 0.0.0.0:514 --syslog-tls 0.0.0.0:6514 --type syslog \\
+      --syslog-tls-cert chain.pem --syslog-tls-key key.pem \\
+      --to wss://logs.example.com/ --token-file /etc/waybill/token
+
   Backfill once, compressed files too, with one JSON receipt per line:
     waybill send '/var/log/app.log*' --once --receipts receipts.jsonl \\
       --to wss://logs.example.com/ --token-file /etc/waybill/token
@@ -105,7 +111,8 @@ pub struct Send {
     /// Compress frames with zstd where the receiver can: saves traffic, costs processor time
     #[arg(long, help_heading = "Receiver")]
     pub compress: bool,
-    /// DANGER: allow ws:// to other machines; token and lines can be read on the way
+    /// DANGER: allow ws:// to other machines, and an HTTP intake that they reach; token and lines
+    /// can be read on the way
     #[arg(long, help_heading = "Receiver")]
     pub insecure_plaintext: bool,
 
@@ -115,6 +122,24 @@ pub struct Send {
     /// Unix stream socket to make and read, lines or octet-counted, as syslog-ng's unix-stream()
     #[arg(long, value_name = "PATH", help_heading = "Sources")]
     pub unix_stream: Vec<PathBuf>,
+    /// Address on loopback where lines are posted over HTTP, as syslog-ng's http() does
+    #[arg(long, value_name = "HOST:PORT", value_parser = value::tcp_address, help_heading = "Sources")]
+    pub http_intake: Vec<SocketAddr>,
+    /// Address to take syslog over UDP at; what the kernel drops is counted
+    #[arg(long, value_name = "HOST:PORT", value_parser = value::syslog_address, help_heading = "Sources")]
+    pub syslog_udp: Vec<SocketAddr>,
+    /// Address to take syslog over TCP at, lines or octet-counted (RFC 6587)
+    #[arg(long, value_name = "HOST:PORT", value_parser = value::syslog_address, help_heading = "Sources")]
+    pub syslog_tcp: Vec<SocketAddr>,
+    /// Address to take syslog over TLS at (RFC 5425)
+    #[arg(long, value_name = "HOST:PORT", value_parser = value::syslog_address, help_heading = "Sources")]
+    pub syslog_tls: Vec<SocketAddr>,
+    /// PEM file with the certificate chain that --syslog-tls shows
+    #[arg(long, value_name = "PEM", requires = "syslog_tls", help_heading = "Sources")]
+    pub syslog_tls_cert: Option<PathBuf>,
+    /// PEM file with its key
+    #[arg(long, value_name = "PEM", requires = "syslog_tls", help_heading = "Sources")]
+    pub syslog_tls_key: Option<PathBuf>,
     /// Answer supervisor's events on standard input and output, as an [eventlistener:…] does
     #[arg(long, help_heading = "Sources")]
     pub supervisor_events: bool,
@@ -306,11 +331,13 @@ pub struct Token {
     long_about = "Finds lines in the embedded store, or in Elasticsearch where that is named."
 )]
 #[command(after_long_help = "\
-A query is words, all of which must be there; \"a phrase\" in quotes; and field:value.
+A query is words, all of which must be there; \"a phrase\" in quotes; and field:value. A '-' before any of \
+them leaves out what has it; a query that starts with one goes behind '--'.
 
 Examples:
   waybill search error --store store.sqlite
   waybill search '\"connection refused\" host.name:web-1' --after 2h
+  waybill search 'error -process.name:cron'
   waybill search http.response.status_code:502 --elasticsearch http://127.0.0.1:9200 --json")]
 pub struct Search {
     /// Words, a \"phrase\", field:value; nothing finds every line

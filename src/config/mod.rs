@@ -31,7 +31,7 @@ pub use receive::{
     load_elasticsearch, load_receive,
 };
 pub use send::{SendLayer, load_send};
-pub use source::{SourceLayer, SourceSettings, TypedInput, file_argument};
+pub use source::{SourceLayer, SourceSettings, SyslogSettings, TypedInput, file_argument};
 
 /// A checked configuration.
 #[derive(Clone, Debug)]
@@ -123,6 +123,25 @@ pub enum Input {
         path: PathBuf,
         /// Permission bits of the socket file.
         mode: u32,
+    },
+    /// A TCP address on which lines are posted over HTTP.
+    HttpIntake {
+        /// Loopback, unless plaintext is allowed.
+        address: SocketAddr,
+    },
+    /// Syslog over UDP (RFC 5426), one record per datagram.
+    SyslogUdp {
+        /// Where it listens.
+        address: SocketAddr,
+        /// Receive buffer to ask the kernel for, in bytes.
+        receive_buffer: usize,
+    },
+    /// Syslog over TCP (RFC 6587), or over TLS with a certificate (RFC 5425).
+    SyslogTcp {
+        /// Where it listens.
+        address: SocketAddr,
+        /// Its certificate; `None` means plain TCP.
+        tls: Option<ServerTls>,
     },
 }
 

@@ -1,6 +1,7 @@
 //! `waybill send`: what was typed, on the command line and in TOML, becomes a [`SendConfig`].
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -150,7 +151,8 @@ fn check(
         findings.problem(&at.place, "must be at least 4MiB, to hold a few of the longest lines");
     }
     let state_dir = check_state_dir(layer.state_dir, environment, &mut findings);
-    let sources = check_sources(layer.sources, layer.once, environment, &mut findings);
+    let sources =
+        check_sources(layer.sources, layer.once, plain_allowed, environment, &mut findings);
     if let Some(at) = layer.receipts.as_ref().filter(|at| at.value == ReceiptsTarget::Stdout)
         && sources.iter().any(|source| source.input == Input::SupervisorEvents)
     {
@@ -203,6 +205,23 @@ fn check_endpoint(endpoint: &At<Endpoint>, plain_allowed: bool, findings: &mut F
     }
 }
 
+/// Posts come without a password and unencrypted: fit for one machine.
+fn check_intake(address: SocketAddr, plain_allowed: bool, place: &Place, findings: &mut Findings) {
+    if address.ip().to_canonical().is_loopback() {
+        return;
+    }
+    if plain_allowed {
+        let message = format!("{address} takes lines from anybody who reaches it, unencrypted");
+        findings.warning(place, &message);
+    } else {
+        let message = format!(
+            "{address} would take lines from anybody who reaches it, unencrypted: use 127.0.0.1, \
+             or allow it with --insecure-plaintext (insecure_plaintext = true)"
+        );
+        findings.problem(place, message);
+    }
+}
+
 fn check_state_dir(
     typed: Option<At<PathBuf>>,
     environment: &Environment,
@@ -227,6 +246,7 @@ fn check_state_dir(
 fn check_sources(
     layers: Vec<SourceLayer>,
     once: bool,
+    plain_allowed: bool,
     environment: &Environment,
     findings: &mut Findings,
 ) -> Vec<SourceConfig> {
@@ -240,7 +260,11 @@ fn check_sources(
     let mut sources: Vec<SourceConfig> = Vec::new();
     for layer in layers {
         let place = layer.place.clone();
+        let input_place = layer.inputs.first().map_or(&place, |at| &at.place).clone();
         let Some(source) = layer.check(once, environment, findings) else { continue };
+        if let Input::HttpIntake { address } = source.input {
+            check_intake(address, plain_allowed, &input_place, findings);
+        }
         if let Some(twin) = sources.iter().find(|other| same_input(&other.input, &source.input)) {
             let name = &twin.name;
             findings.problem(&place, format!("the same is read by source {name:?} already"));

@@ -2,17 +2,24 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use super::check;
 use super::file::Table;
 use super::problem::{At, Findings, Place};
 use super::value::{self, ValueError};
-use super::{Environment, Input, SourceConfig, Start};
+use super::{Environment, Input, ServerTls, SourceConfig, Start};
 use crate::record::{Format, TypeName, escape_path};
 
 /// Permission bits of a socket unless configured: every local program may log, as with `/dev/log`.
 pub const SOCKET_MODE: u32 = 0o666;
+
+/// Receive buffer of a UDP socket unless configured, in bytes: bursts of some ten thousand lines.
+pub const RECEIVE_BUFFER: u64 = 8 << 20;
+
+/// The kernel counts it as a signed number of 32 bits, doubled.
+const RECEIVE_BUFFER_MAX: u64 = 1 << 29;
 
 /// A source as typed; paths are absolute.
 #[derive(Clone, Debug)]
@@ -21,12 +28,15 @@ pub struct SourceLayer {
     pub place: Place,
     /// `source.name`; made from the input where missing.
     pub name: Option<At<String>>,
-    /// `source.files`, `.unix_datagram`, `.unix_stream`, `.stdin`, `.supervisor_events`; one of them.
+    /// `source.files`, `.unix_datagram`, `.unix_stream`, `.http_intake`, `.syslog_udp`, `.syslog_tcp`,
+    /// `.syslog_tls`, `.stdin`, `.supervisor_events`; one of them.
     pub inputs: Vec<At<TypedInput>>,
     /// An input was typed, and refused.
     pub refused: bool,
-    /// `source.mode` of a socket.
+    /// `source.mode` of a Unix socket.
     pub mode: Option<At<u32>>,
+    /// Of a syslog listener.
+    pub syslog: SyslogSettings,
     /// Settings that the command line gives all its sources at once.
     pub settings: SourceSettings,
 }
@@ -49,6 +59,25 @@ pub enum TypedInput {
     UnixDatagram(PathBuf),
     /// A Unix stream socket.
     UnixStream(PathBuf),
+    /// Posts over HTTP.
+    HttpIntake(SocketAddr),
+    /// Syslog over UDP.
+    SyslogUdp(SocketAddr),
+    /// Syslog over TCP.
+    SyslogTcp(SocketAddr),
+    /// Syslog over TLS.
+    SyslogTls(SocketAddr),
+}
+
+/// Settings of one kind of syslog listener, refused with another.
+#[derive(Clone, Debug, Default)]
+pub struct SyslogSettings {
+    /// `--syslog-tls-cert`, `source.tls_cert` of `syslog_tls`.
+    pub tls_cert: Option<At<PathBuf>>,
+    /// `--syslog-tls-key`, `source.tls_key` of `syslog_tls`.
+    pub tls_key: Option<At<PathBuf>>,
+    /// `source.receive_buffer` of `syslog_udp`, in bytes.
+    pub receive_buffer: Option<At<u64>>,
 }
 
 /// Settings of a source that do not say where its bytes come from.
@@ -129,25 +158,50 @@ fn without_dot(path: &str) -> &str {
 
 impl SourceLayer {
     pub(super) fn read(table: &mut Table<'_>) -> SourceLayer {
-        let named = ["files", "unix_datagram", "unix_stream"].iter().any(|key| table.has(key));
+        let named = [
+            "files",
+            "unix_datagram",
+            "unix_stream",
+            "http_intake",
+            "syslog_udp",
+            "syslog_tcp",
+            "syslog_tls",
+        ]
+        .iter()
+        .any(|key| table.has(key));
         let base = table.base().to_owned();
         let files = table.text("files", |text| absolute(&value::pattern(text)?, text, &base));
         let datagram = table.path("unix_datagram").map(|at| at.map(TypedInput::UnixDatagram));
         let stream = table.path("unix_stream").map(|at| at.map(TypedInput::UnixStream));
+        let http =
+            table.text("http_intake", value::tcp_address).map(|at| at.map(TypedInput::HttpIntake));
         let stdin =
             table.boolean("stdin").filter(|at| at.value).map(|at| at.map(|_| TypedInput::Stdin));
         let supervisor = table
             .boolean("supervisor_events")
             .filter(|at| at.value)
             .map(|at| at.map(|_| TypedInput::SupervisorEvents));
-        let inputs: Vec<_> =
-            [files, datagram, stream, stdin, supervisor].into_iter().flatten().collect();
+        let mut syslog = |key, input: fn(SocketAddr) -> TypedInput| {
+            table.text(key, value::syslog_address).map(|at| at.map(input))
+        };
+        let udp = syslog("syslog_udp", TypedInput::SyslogUdp);
+        let tcp = syslog("syslog_tcp", TypedInput::SyslogTcp);
+        let tls = syslog("syslog_tls", TypedInput::SyslogTls);
+        let inputs: Vec<_> = [files, datagram, stream, http, udp, tcp, tls, stdin, supervisor]
+            .into_iter()
+            .flatten()
+            .collect();
         SourceLayer {
             place: table.place(),
             name: table.text("name", name),
             refused: named && inputs.is_empty(),
             inputs,
             mode: table.text("mode", value::mode),
+            syslog: SyslogSettings {
+                tls_cert: table.path("tls_cert"),
+                tls_key: table.path("tls_key"),
+                receive_buffer: table.size("receive_buffer"),
+            },
             settings: SourceSettings {
                 type_name: table.text("type", value::type_name),
                 tags: table.list("tags", value::tag),
@@ -172,13 +226,14 @@ impl SourceLayer {
             Err(inputs) if inputs.is_empty() && self.refused => return None,
             Err(inputs) => {
                 let place = inputs.get(1).map_or(&self.place, |second| &second.place);
-                let message = "a source has exactly one of files, unix_datagram, unix_stream, stdin, \
-                     supervisor_events";
+                let message = "a source has exactly one of files, unix_datagram, unix_stream, http_intake, syslog_udp, \
+                     syslog_tcp, syslog_tls, stdin, supervisor_events";
                 findings.problem(place, message);
                 return None;
             }
         };
         let mode = self.mode.as_ref().map_or(SOCKET_MODE, |at| at.value);
+        self.syslog.refuse_strays(&typed.value, findings);
         let (input, derived_name) = match typed.value {
             TypedInput::Files { pattern, name } => {
                 check_files(&pattern, &name, once, &typed.place, findings);
@@ -196,11 +251,25 @@ impl SourceLayer {
                 let name = escape_path(&path);
                 (Input::UnixStream { path, mode }, name)
             }
+            TypedInput::HttpIntake(address) => {
+                (Input::HttpIntake { address }, format!("http://{address}"))
+            }
+            TypedInput::SyslogUdp(address) => {
+                let receive_buffer = self.syslog.receive_buffer(findings);
+                (Input::SyslogUdp { address, receive_buffer }, format!("udp:{address}"))
+            }
+            TypedInput::SyslogTcp(address) => {
+                (Input::SyslogTcp { address, tls: None }, format!("tcp:{address}"))
+            }
+            TypedInput::SyslogTls(address) => {
+                let tls = self.syslog.tls(&typed.place, findings);
+                (Input::SyslogTcp { address, tls }, format!("tls:{address}"))
+            }
         };
         let settings = self.settings;
         let is_socket = matches!(input, Input::UnixDatagram { .. } | Input::UnixStream { .. });
         if let Some(at) = self.mode.as_ref().filter(|_| !is_socket) {
-            findings.problem(&at.place, "only a socket has a mode: remove it");
+            findings.problem(&at.place, "only a Unix socket has a mode: remove it");
         }
         if input == Input::SupervisorEvents
             && let Some(at) = settings.format.as_ref()
@@ -224,6 +293,48 @@ impl SourceLayer {
             start: settings.start.map(|at| at.value).unwrap_or_default(),
             follow_symlinks: settings.follow_symlinks.is_some_and(|at| at.value),
         })
+    }
+}
+
+impl SyslogSettings {
+    /// The certificate, without which nobody speaks TLS.
+    fn tls(&self, place: &Place, findings: &mut Findings) -> Option<ServerTls> {
+        let (Some(certificate), Some(key)) = (&self.tls_cert, &self.tls_key) else {
+            let message = "syslog over TLS needs a certificate and its key: give \
+                           --syslog-tls-cert FILE and --syslog-tls-key FILE (tls_cert, tls_key)";
+            findings.problem(place, message);
+            return None;
+        };
+        check::pem_file(certificate, "CERTIFICATE", findings);
+        check::key_file(key, findings);
+        Some(ServerTls { certificate: certificate.value.clone(), key: key.value.clone() })
+    }
+
+    /// The size of the receive buffer in bytes.
+    fn receive_buffer(&self, findings: &mut Findings) -> usize {
+        let bytes = self.receive_buffer.as_ref().map_or(RECEIVE_BUFFER, |at| at.value);
+        if let Some(at) = &self.receive_buffer
+            && !(1..=RECEIVE_BUFFER_MAX).contains(&bytes)
+        {
+            findings.problem(&at.place, "a receive buffer has 1 byte to 512MiB");
+        }
+        // What does not fit was refused.
+        usize::try_from(bytes).unwrap_or(usize::MAX)
+    }
+
+    /// Settings that another input than theirs was given. The flags' certificate is handed to all
+    /// sources of the command line alike.
+    fn refuse_strays(&self, input: &TypedInput, findings: &mut Findings) {
+        let is_udp = matches!(input, TypedInput::SyslogUdp(_));
+        if let Some(at) = self.receive_buffer.as_ref().filter(|_| !is_udp) {
+            findings.problem(&at.place, "only syslog_udp has a receive buffer: remove it");
+        }
+        let is_tls = matches!(input, TypedInput::SyslogTls(_));
+        for at in [&self.tls_cert, &self.tls_key].into_iter().flatten() {
+            if !is_tls && matches!(at.place, Place::File { .. }) {
+                findings.problem(&at.place, "only syslog_tls has a certificate: remove it");
+            }
+        }
     }
 }
 

@@ -91,7 +91,8 @@ fn bad_senders_say_where_and_what_is_allowed() {
         (
             with_source("  typ = 'nginx'\n"),
             "c.toml:5:3: source.typ: unknown key; allowed here: files, follow_symlinks, format, \
-             labels, mode, name, start, stdin, supervisor_events, tags, timezone, type, unix_datagram, unix_stream"
+             http_intake, labels, mode, name, receive_buffer, start, stdin, supervisor_events, syslog_tcp, \
+             syslog_tls, syslog_udp, tags, timezone, tls_cert, tls_key, type, unix_datagram, unix_stream"
                 .to_owned(),
         ),
         (
@@ -116,18 +117,46 @@ fn bad_senders_say_where_and_what_is_allowed() {
         ),
         (
             with_source("mode = '0600'\n"),
-            "c.toml:5:1: source.mode: only a socket has a mode: remove it".to_owned(),
+            "c.toml:5:1: source.mode: only a Unix socket has a mode: remove it".to_owned(),
+        ),
+        (
+            with_source("receive_buffer = '1MiB'\n"),
+            "c.toml:5:1: source.receive_buffer: only syslog_udp has a receive buffer: remove it"
+                .to_owned(),
+        ),
+        (
+            format!("{SEND}[[source]]\nsyslog_tcp = '[::]:514'\ntls_key = 'x'\n"),
+            "c.toml:5:1: source.tls_key: only syslog_tls has a certificate: remove it".to_owned(),
+        ),
+        (
+            format!("{SEND}[[source]]\nsyslog_tls = '[::]:6514'\ntls_key = 'x'\n"),
+            "c.toml:4:1: source.syslog_tls: syslog over TLS needs a certificate and its key: give \
+             --syslog-tls-cert FILE and --syslog-tls-key FILE (tls_cert, tls_key)"
+                .to_owned(),
+        ),
+        (
+            format!("{SEND}[[source]]\nsyslog_udp = '514'\n"),
+            "c.toml:4:1: source.syslog_udp: address \"514\" must be HOST:PORT or [IPv6]:PORT, such \
+             as 0.0.0.0:514"
+                .to_owned(),
         ),
         (
             with_source("unix_stream = '/run/x'\n"),
             "c.toml:5:1: source.unix_stream: a source has exactly one of files, unix_datagram, \
-             unix_stream, stdin"
+             unix_stream, http_intake, syslog_udp, syslog_tcp, syslog_tls, stdin, supervisor_events"
+                .to_owned(),
+        ),
+        (
+            format!("{SEND}[[source]]\nhttp_intake = '192.0.2.1:8514'\n"),
+            "c.toml:4:1: source.http_intake: 192.0.2.1:8514 would take lines from anybody who \
+             reaches it, unencrypted: use 127.0.0.1, or allow it with --insecure-plaintext \
+             (insecure_plaintext = true)"
                 .to_owned(),
         ),
         (
             format!("{SEND}[[source]]\nname = 'x'\n"),
             "c.toml:3:1: source: a source has exactly one of files, unix_datagram, unix_stream, \
-             stdin"
+             http_intake, syslog_udp, syslog_tcp, syslog_tls, stdin, supervisor_events"
                 .to_owned(),
         ),
         (
@@ -256,6 +285,7 @@ fn flags_go_before_the_file() {
         inputs: vec![At { value: file, place }],
         refused: false,
         mode: None,
+        syslog: SyslogSettings::default(),
         settings: SourceSettings::default(),
     };
     let flags = SendLayer { sources: vec![source], ..SendLayer::default() };
@@ -445,11 +475,13 @@ fn the_documented_examples_load() {
 
     let loaded = desk.send(SendLayer::default(), &read("sender.toml")).expect("a sender");
     assert!(loaded.warnings.is_empty(), "{:?}", loaded.warnings);
-    assert_eq!(loaded.config.sources.len(), 3);
+    assert_eq!(loaded.config.sources.len(), 6);
     assert_eq!(
         loaded.config.sources[2].input,
         Input::UnixStream { path: "/run/waybill/syslog.sock".into(), mode: 0o660 }
     );
+    let address = "127.0.0.1:8514".parse().expect("an address");
+    assert_eq!(loaded.config.sources[3].input, Input::HttpIntake { address });
 
     let loaded = desk.receive(ReceiveLayer::default(), &read("receiver.toml")).expect("a receiver");
     assert!(loaded.warnings.is_empty(), "{:?}", loaded.warnings);

@@ -197,19 +197,35 @@ pub fn listen(text: &str) -> Result<Listen, ValueError> {
         }
         return Ok(Listen::Unix(PathBuf::from(path)));
     }
+    socket_address(text, "HOST:PORT, [IPv6]:PORT or unix:PATH, such as 0.0.0.0:8443")
+        .map(Listen::Tcp)
+}
+
+/// Where syslog arrives: `HOST:PORT`.
+pub fn syslog_address(text: &str) -> Result<SocketAddr, ValueError> {
+    socket_address(text, "HOST:PORT or [IPv6]:PORT, such as 0.0.0.0:514")
+}
+
+fn socket_address(text: &str, allowed: &str) -> Result<SocketAddr, ValueError> {
     if let Ok(address) = text.parse::<SocketAddr>() {
-        return Ok(Listen::Tcp(address));
+        return Ok(address);
     }
     let has_host_and_port =
         text.rsplit_once(':').is_some_and(|(h, p)| !h.is_empty() && p.parse::<u16>().is_ok());
     if !has_host_and_port {
-        return refuse(format!(
-            "address {text:?} must be HOST:PORT, [IPv6]:PORT or unix:PATH, such as 0.0.0.0:8443"
-        ));
+        return refuse(format!("address {text:?} must be {allowed}"));
     }
     match text.to_socket_addrs().ok().and_then(|mut addresses| addresses.next()) {
-        Some(address) => Ok(Listen::Tcp(address)),
+        Some(address) => Ok(address),
         None => refuse(format!("address {text:?}: its host name cannot be resolved")),
+    }
+}
+
+/// A TCP address to listen on: `HOST:PORT`.
+pub fn tcp_address(text: &str) -> Result<SocketAddr, ValueError> {
+    match listen(text)? {
+        Listen::Tcp(address) => Ok(address),
+        Listen::Unix(_) => refuse(format!("address {text:?} must be HOST:PORT or [IPv6]:PORT")),
     }
 }
 

@@ -124,7 +124,7 @@ impl DataFrame {
     /// Writes the header into the first [`FRAME_HEADER_BYTES`] bytes of `message`, whose rest are
     /// the records: the sender's way without a copy.
     pub fn encode_in_place(
-        mut message: BytesMut,
+        mut message: Vec<u8>,
         handle: u32,
         flags: FrameFlags,
         offset: u64,
@@ -138,7 +138,7 @@ impl DataFrame {
         message[8..16].copy_from_slice(&offset.to_le_bytes());
         message[16..24].copy_from_slice(&read_at.to_le_bytes());
         message[24..28].copy_from_slice(&(length as u32).to_le_bytes());
-        message.freeze()
+        message.into()
     }
 
     /// Reads a binary message, decompressing within the declared size (no bomb passes, I7).
@@ -213,7 +213,7 @@ mod tests {
     #[test]
     fn both_encoders_agree() {
         let frame = frame(b"a line\n".to_vec());
-        let mut message = BytesMut::zeroed(FRAME_HEADER_BYTES);
+        let mut message = vec![0; FRAME_HEADER_BYTES];
         message.extend_from_slice(&frame.records);
         let in_place = DataFrame::encode_in_place(
             message,

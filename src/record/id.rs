@@ -78,9 +78,7 @@ impl IdPrefix {
     pub fn of(&self, record: &Record<'_>) -> DocumentId {
         match record.key {
             b"" => self.id(record.offset, record.payload),
-            key => {
-                DocumentId::keyed(self.sender, key, record.time.unwrap_or(0), record.payload)
-            }
+            key => DocumentId::keyed(self.sender, key, record.time.unwrap_or(0), record.payload),
         }
     }
 

@@ -1,6 +1,6 @@
 //! Following files: finds them, recognises them, and gives each one a stream.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::{self, Metadata};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::task::{JoinSet, block_in_place};
 use tracing::{error, info, warn};
-use uuid::Uuid;
+use uuid::{NoContext, Timestamp, Uuid};
 
 use super::Context;
 use super::kept::{self, Kept};
@@ -31,6 +31,9 @@ use crate::state::{Entry, Progress};
 /// Hints in quick succession are answered by one sweep.
 const HINTS_SETTLE: Duration = Duration::from_millis(20);
 
+/// How often rows learn that their files are still there.
+const SEEN_INTERVAL: Duration = Duration::from_secs(3600);
+
 /// A copy is looked at again after so long.
 const COPY_AGAIN_AFTER: Duration = Duration::from_secs(10);
 
@@ -39,14 +42,20 @@ pub struct Follower {
     context: Arc<Context>,
     sources: Vec<FileSource>,
     streams: HashMap<Uuid, Held>,
-    resting: HashMap<Inode, Stamp>,
+    /// Files without a stream, since everything of them is receipted, and their runs.
+    resting: HashMap<Inode, (Stamp, Uuid)>,
+    /// Those of them that the current sweep met as they were left.
+    at_rest: HashSet<Uuid>,
     copies: HashMap<Inode, (Stamp, Instant)>,
     complaints: HashMap<PathBuf, String>,
     /// Ranges of runs whose file was lost: reported unless they turn up in the next sweep.
     missing: HashMap<Uuid, Ended>,
+    /// Runs that are sent from their copy in the state directory.
+    kept: HashSet<Uuid>,
     tasks: JoinSet<Ended>,
     runs: HashMap<tokio::task::Id, Uuid>,
-    swept_at: SystemTime,
+    /// When rows learnt last that their files are there.
+    seen_at: Option<Instant>,
     /// No sweep is over yet.
     first: bool,
     failed: bool,
@@ -107,17 +116,18 @@ impl Follower {
             }),
             _ => None,
         };
-        let previous = context.state.previous_save();
         Follower {
             sources: sources.iter().filter_map(file_source).collect(),
             streams: HashMap::new(),
             resting: HashMap::new(),
+            at_rest: HashSet::new(),
             copies: HashMap::new(),
             complaints: HashMap::new(),
             missing: HashMap::new(),
+            kept: HashSet::new(),
             tasks: JoinSet::new(),
             runs: HashMap::new(),
-            swept_at: previous,
+            seen_at: None,
             first: true,
             failed: false,
             context,
@@ -167,18 +177,20 @@ impl Follower {
                 error!(%error, "a stream ended unexpectedly and is started again");
                 if let Some(run) = self.runs.remove(&error.id()) {
                     self.streams.remove(&run);
+                    self.kept.remove(&run);
                 }
                 return;
             }
         };
         self.runs.retain(|_, run| *run != ended.run);
+        self.kept.remove(&ended.run);
         let held = self.streams.remove(&ended.run);
         match ended.end {
             End::Rests | End::Failed => {
                 self.failed |= ended.end == End::Failed;
                 if let (Some(held), Some(stamp)) = (held, ended.stamp) {
                     let (size, modified) = stamp;
-                    self.resting.insert(held.inode, Stamp { size, modified });
+                    self.resting.insert(held.inode, (Stamp { size, modified }, ended.run));
                 }
             }
             End::Lost => {
@@ -191,6 +203,7 @@ impl Follower {
     /// Looks at all patterns and all followed files; returns how many streams it started.
     fn sweep(&mut self, hints: &mut Hints, patient: bool) -> usize {
         let started = SystemTime::now();
+        self.at_rest.clear();
         let mut seen = Seen {
             held: self.streams.iter().map(|(run, held)| (held.inode, *run)).collect(),
             ..Seen::default()
@@ -211,34 +224,55 @@ impl Follower {
         }
         self.look_at_held(&seen.paths);
         let found = seen.found;
-        if found.is_empty() && self.missing.is_empty() {
-            self.first = false;
-            self.mark_followed();
-            self.swept_at = started;
-            return 0;
-        }
-        let lost = self.known(false);
-        let held = self.known(true);
-        let around = Surroundings {
-            lost: &lost,
-            held: &held,
-            since: self.since(&lost),
-            patient,
-            // A file that gets shorter while we look was truncated.
-            rebooted: self.first && self.context.state.rebooted(),
-        };
-        let streams = match recognise(found, around) {
-            Ok(decisions) => self.carry_out(decisions),
-            Err(error) => {
-                warn!(%error, "files could not be compared: it is tried again");
-                return 0;
+        // A file that gets shorter while we look was truncated.
+        let rebooted = std::mem::take(&mut self.first) && self.context.state.rebooted();
+        let mut streams = 0;
+        if !found.is_empty() || !self.missing.is_empty() {
+            let (held, lost): (Vec<_>, Vec<_>) =
+                self.known().into_iter().partition(|known| self.is_held(known));
+            let held: Vec<Known> =
+                held.into_iter().map(|known| self.without_stale_place(known)).collect();
+            let around = Surroundings { lost: &lost, held: &held, patient, rebooted };
+            match recognise(found, around) {
+                Ok(decisions) => streams = self.carry_out(decisions, started),
+                Err(error) => {
+                    warn!(%error, "files could not be compared: it is tried again");
+                    return 0;
+                }
             }
-        };
-        self.first = false;
-        self.report_missing();
+            self.report_missing();
+        }
+        // Also where nothing was found: what comes later was not there at the first run.
         self.mark_followed();
-        self.swept_at = started;
+        self.note_seen();
         streams
+    }
+
+    /// Whether somebody has this run's bytes in hand, so that no other file can be its own.
+    fn is_held(&self, known: &Known) -> bool {
+        self.streams.contains_key(&known.run)
+            || self.at_rest.contains(&known.run)
+            || self.kept.contains(&known.run)
+    }
+
+    /// The file of a kept copy is gone and its inode may be another's by now.
+    fn without_stale_place(&self, mut known: Known) -> Known {
+        if !self.streams.contains_key(&known.run) && self.kept.contains(&known.run) {
+            (known.progress.place.device, known.progress.place.inode) = (0, 0);
+        }
+        known
+    }
+
+    /// Tells the state which files are there, so that it can forget the others in the end.
+    fn note_seen(&mut self) {
+        if self.seen_at.is_some_and(|at| at.elapsed() < SEEN_INTERVAL) {
+            return;
+        }
+        let present = self.streams.keys().chain(&self.at_rest).copied();
+        match self.context.state.saw(&present.collect::<BTreeSet<Uuid>>()) {
+            Ok(()) => self.seen_at = Some(Instant::now()),
+            Err(error) => warn!(%error, "the state directory cannot be written"),
+        }
     }
 
     /// One path that a pattern names.
@@ -263,11 +297,15 @@ impl Follower {
             held.path = path;
             return;
         }
-        let is_known = self.resting.get(&inode) == Some(&stamp)
-            || self
-                .copies
-                .get(&inode)
-                .is_some_and(|(known, at)| *known == stamp && at.elapsed() < COPY_AGAIN_AFTER)
+        let rests = self.resting.get(&inode).filter(|(known, _)| *known == stamp);
+        if let Some((_, run)) = rests {
+            self.at_rest.insert(*run);
+            return;
+        }
+        let is_known = self
+            .copies
+            .get(&inode)
+            .is_some_and(|(known, at)| *known == stamp && at.elapsed() < COPY_AGAIN_AFTER)
             || !seen.inodes.insert(inode);
         if is_known {
             return;
@@ -317,30 +355,15 @@ impl Follower {
         }
     }
 
-    /// Since when a rotated sibling that nobody knows was written in our time.
-    fn since(&self, lost: &[Known]) -> SystemTime {
-        if self.swept_at > UNIX_EPOCH {
-            return self.swept_at;
-        }
-        // Positions were lost: our time began with the oldest row.
-        let opened = |known: &Known| {
-            let (seconds, nanoseconds) = known.opened.0.get_timestamp()?.to_unix();
-            Some(UNIX_EPOCH + Duration::new(seconds, nanoseconds))
-        };
-        lost.iter().filter_map(opened).min().unwrap_or_else(SystemTime::now)
-    }
-
-    /// What the state knows of the runs of file sources: of those whose bytes we hold, in an open
-    /// file or a copy, or of the others.
-    fn known(&self, held: bool) -> Vec<Known> {
+    /// What the state knows of the runs of files.
+    fn known(&self) -> Vec<Known> {
         let mut runs: HashMap<Uuid, Known> = HashMap::new();
         for (entry, progress) in self.context.state.entries() {
-            let is_held = entry.kept_from.is_some() || self.streams.contains_key(&entry.run);
-            if !matches!(entry.row.framing, Framing::Lines { .. }) || is_held != held {
+            if !matches!(entry.row.framing, Framing::Lines { .. }) {
                 continue;
             }
             let named = |source: &FileSource| source.attributes.source.name == entry.row.source;
-            let Some(source) = self.sources.iter().position(named) else { continue };
+            let source = self.sources.iter().position(named);
             match runs.get_mut(&entry.run) {
                 // Entries come oldest first: a later row knows the place better.
                 Some(known) => join(&mut known.progress, progress),
@@ -355,7 +378,7 @@ impl Follower {
         known
     }
 
-    fn carry_out(&mut self, decisions: Vec<Decision>) -> usize {
+    fn carry_out(&mut self, decisions: Vec<Decision>, swept_at: SystemTime) -> usize {
         let mut started = 0;
         for decision in decisions {
             let (found, run, until, start) = match decision {
@@ -372,7 +395,7 @@ impl Follower {
                             continue;
                         }
                     };
-                    (found, Uuid::now_v7(), None, start)
+                    (found, mint_run(swept_at), None, start)
                 }
                 Decision::Copy { found } => {
                     if let Ok(metadata) = fs::metadata(found.tail.path()) {
@@ -479,17 +502,11 @@ impl Follower {
         let named: Vec<(Uuid, u64)> = runs.iter().map(|(run, (from, _))| (*run, *from)).collect();
         kept::sweep(self.context.state.dir(), &named);
         for (run, (from, source)) in runs {
-            if rows_of(&self.context, run)
-                .iter()
-                .all(|(entry, progress)| entry.row.end.is_some_and(|end| progress.position >= end))
-            {
-                continue;
-            }
             let of_source = |known: &&FileSource| known.attributes.source.name == source;
             let Some(source) = self.sources.iter().find(of_source) else { continue };
             let opened = Kept::open(self.context.state.dir(), run, from);
             let started = opened.and_then(|(kept, origin)| {
-                let size = kept.until() - kept.from();
+                let size = kept.length();
                 self.context.kept_bytes.fetch_add(size, Ordering::Relaxed);
                 self.context.totals.total_bytes.fetch_add(size, Ordering::Relaxed);
                 Stream::attach(Parts {
@@ -505,7 +522,10 @@ impl Follower {
             });
             match started {
                 Ok(stream) => {
-                    self.tasks.spawn(stream.run());
+                    stream.report_short_copy();
+                    self.kept.insert(run);
+                    let task = self.tasks.spawn(stream.run());
+                    self.runs.insert(task.id(), run);
                 }
                 Err(error) => {
                     error!(%run, %error, "lost: the copy of a deleted file is unreadable")
@@ -513,6 +533,14 @@ impl Follower {
             }
         }
     }
+}
+
+/// The identity of a file that was found by a sweep which began at this time: what changes later
+/// and is nobody's came after it.
+fn mint_run(swept_at: SystemTime) -> Uuid {
+    let since = swept_at.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let (seconds, nanoseconds) = (since.as_secs(), since.subsec_nanos());
+    Uuid::new_v7(Timestamp::from_unix(NoContext, seconds, nanoseconds))
 }
 
 /// The rows of a run, with their progress.

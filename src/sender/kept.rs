@@ -4,7 +4,8 @@
 //! would do the same for less, and stop logrotate and gzip.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 
@@ -12,6 +13,7 @@ use uuid::Uuid;
 
 use super::Context;
 use super::origin::KeptOrigin;
+use crate::source::files::fingerprint::FINGERPRINT_BYTES;
 use crate::source::files::tail::Tail;
 
 /// A copy being made.
@@ -19,33 +21,41 @@ use crate::source::files::tail::Tail;
 pub struct Kept {
     file: File,
     path: PathBuf,
+    position: u64,
     from: u64,
     until: u64,
 }
 
 impl Kept {
-    /// Starts a copy of a run whose receipted prefix ends at `from`.
-    pub fn create(context: &Context, run: Uuid, from: u64) -> io::Result<Kept> {
+    /// Starts a copy of a run whose receipted prefix ends at `position`.
+    pub fn create(context: &Context, run: Uuid, position: u64) -> io::Result<Kept> {
         let folder = folder(context.state.dir());
         fs::create_dir_all(&folder)?;
-        let path = path(context.state.dir(), run, from);
+        let path = path(context.state.dir(), run, position);
         let file = File::create(&path)?;
         File::open(&folder)?.sync_all()?;
-        Ok(Kept { file, path, from, until: from })
+        let from = first_byte(position);
+        Ok(Kept { file, path, position, from, until: from })
     }
 
     /// The copy that a former process made.
-    pub fn open(dir: &Path, run: Uuid, from: u64) -> io::Result<(Kept, KeptOrigin)> {
-        let path = path(dir, run, from);
-        let file = File::options().read(true).append(true).open(&path)?;
+    pub fn open(dir: &Path, run: Uuid, position: u64) -> io::Result<(Kept, KeptOrigin)> {
+        let path = path(dir, run, position);
+        let from = first_byte(position);
+        let file = File::options().read(true).write(true).open(&path)?;
         let until = from + file.metadata()?.len();
         let origin = KeptOrigin { file: File::open(&path)?, from };
-        Ok((Kept { file, path, from, until }, origin))
+        Ok((Kept { file, path, position, from, until }, origin))
     }
 
-    /// Offset of the first byte of the copy.
-    pub fn from(&self) -> u64 {
-        self.from
+    /// Where the receipted prefix ended when the copy was made.
+    pub fn position(&self) -> u64 {
+        self.position
+    }
+
+    /// How many bytes were copied.
+    pub fn length(&self) -> u64 {
+        self.until - self.from
     }
 
     /// One past the last byte copied.
@@ -69,7 +79,8 @@ impl Kept {
             if read == 0 {
                 break;
             }
-            self.file.write_all(&buffer[..read])?;
+            // At its offset: an attempt that failed in the middle leaves nothing behind.
+            self.file.write_all_at(&buffer[..read], self.until - self.from)?;
             self.until += read as u64;
             context.kept_bytes.fetch_add(read as u64, Ordering::Relaxed);
         }
@@ -91,13 +102,18 @@ fn folder(dir: &Path) -> PathBuf {
     dir.join("kept")
 }
 
-fn path(dir: &Path, run: Uuid, from: u64) -> PathBuf {
-    folder(dir).join(format!("{run}-{from:016x}"))
+fn path(dir: &Path, run: Uuid, position: u64) -> PathBuf {
+    folder(dir).join(format!("{run}-{position:016x}"))
+}
+
+/// A copy has the bytes before its position too, by which that is recognised.
+fn first_byte(position: u64) -> u64 {
+    position.saturating_sub(FINGERPRINT_BYTES as u64)
 }
 
 /// Removes copies that no row names, left by a crash between two writes.
 pub fn sweep(dir: &Path, named: &[(Uuid, u64)]) {
-    let named: Vec<PathBuf> = named.iter().map(|(run, from)| path(dir, *run, *from)).collect();
+    let named: Vec<PathBuf> = named.iter().map(|(run, at)| path(dir, *run, *at)).collect();
     for entry in fs::read_dir(folder(dir)).into_iter().flatten().flatten() {
         if !named.contains(&entry.path()) {
             let _ = fs::remove_file(entry.path());

@@ -118,7 +118,12 @@ impl Context {
             Input::UnixDatagram { path, .. } | Input::UnixStream { path, .. } => {
                 crate::record::escape_path(path)
             }
-            Input::Files { .. } | Input::Stdin | Input::SupervisorEvents => String::new(),
+            Input::Files { .. }
+            | Input::Stdin
+            | Input::SupervisorEvents
+            | Input::HttpIntake { .. }
+            | Input::SyslogUdp { .. }
+            | Input::SyslogTcp { .. } => String::new(),
         }
     }
 }
@@ -186,7 +191,7 @@ pub async fn run(config: SendConfig, shutdown: Shutdown) -> Result<Summary, Send
     let config = Arc::new(config);
     let state = Arc::new(State::open(&config.state_dir, &machine_identity())?);
     if state.was_cloned() {
-        warn!("this state directory comes from another machine: new rows open at its positions");
+        warn!("this state directory comes from another machine: new rows opened at its positions");
     }
     let tls = match config.to.iter().any(|endpoint| endpoint.tls) {
         true => Some(client_config(config.ca.as_deref())?),

@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 
 use crate::protocol::{DataFrame, FRAME_BYTES_TARGET, FRAME_HEADER_BYTES, FrameFlags};
 use crate::record::framing::Whole;
@@ -64,7 +64,9 @@ pub struct Request {
     pub to: Option<u64>,
     /// How many bytes to ask for.
     pub want: usize,
-    /// What the bytes before `from` were, where known.
+    /// The first byte that was never sent: `from`, but for a range that is read again.
+    pub frontier: u64,
+    /// What the (at most 64) bytes before the frontier were.
     pub before: Vec<u8>,
     /// What the bytes before `to` must be, where known.
     pub expect: Option<Fingerprint>,
@@ -132,8 +134,9 @@ impl FileOrigin {
         &self.first
     }
 
-    /// Whether size, first bytes and the bytes before `from` still agree after a read up to `end`.
-    fn agrees(&mut self, from: u64, end: u64, before: &[u8]) -> io::Result<bool> {
+    /// Whether size, first bytes and the bytes before the frontier still agree after a read up to
+    /// `end`.
+    fn agrees(&mut self, end: u64, frontier: u64, before: &[u8]) -> io::Result<bool> {
         if self.tail.is_compressed() {
             return self.tail.is_unchanged();
         }
@@ -149,7 +152,7 @@ impl FileOrigin {
         self.first = first;
         let mut now = [0; FINGERPRINT_BYTES];
         let now = &mut now[..before.len()];
-        let read = self.tail.read_at(from - before.len() as u64, now)?;
+        let read = self.tail.read_at(frontier - before.len() as u64, now)?;
         Ok(read == before.len() && now == before)
     }
 }
@@ -162,8 +165,8 @@ impl Origin {
         let read = match self {
             Origin::File(file) => file.tail.read_at(start, &mut before)?,
             Origin::Kept(kept) if start >= kept.from => kept.read_at(start, &mut before)?,
-            // Spool records carry checksums of their own; a copy starts where it starts.
-            Origin::Kept(_) | Origin::Spool { .. } => before.len(),
+            // Spool records carry checksums of their own; a copy begins before the position.
+            Origin::Kept(_) | Origin::Spool { .. } => 0,
         };
         before.truncate(read);
         Ok(before)
@@ -179,37 +182,32 @@ impl Origin {
 
     fn read_bytes(&mut self, request: &Request) -> io::Result<Read> {
         let from = request.from;
-        // The caller knows what stands before the frontier only; a range that is sent again may be
-        // shorter than a fingerprint.
-        let before = if request.resend { self.before(from)? } else { request.before.clone() };
-        let request = &Request { before, ..request.clone() };
         let room = request.to.map_or(u64::MAX, |to| to.saturating_sub(from));
         let want = request.want.min(usize::try_from(room).unwrap_or(usize::MAX));
-        let mut message = BytesMut::zeroed(FRAME_HEADER_BYTES + want);
-        let read = match self {
-            Origin::File(file) => file.tail.read_at(from, &mut message[FRAME_HEADER_BYTES..])?,
-            Origin::Kept(kept) => kept.read_at(from, &mut message[FRAME_HEADER_BYTES..])?,
-            Origin::Spool { .. } => 0,
-        };
+        let mut message = Vec::with_capacity(FRAME_HEADER_BYTES + want);
+        message.resize(FRAME_HEADER_BYTES, 0);
+        match self {
+            Origin::File(file) => file.tail.append_at(from, want, &mut message)?,
+            Origin::Kept(kept) => {
+                message.resize(FRAME_HEADER_BYTES + want, 0);
+                let read = kept.read_at(from, &mut message[FRAME_HEADER_BYTES..])?;
+                message.truncate(FRAME_HEADER_BYTES + read);
+            }
+            Origin::Spool { .. } => {}
+        }
+        let read = message.len() - FRAME_HEADER_BYTES;
         let read_at = now_ms();
+        let before = if request.resend { self.before(from)? } else { request.before.clone() };
         if let Origin::File(file) = self
-            && !file.agrees(from, from + read as u64, &request.before)?
+            && !file.agrees(from + read as u64, request.frontier, &request.before)?
         {
             return Ok(Read::Disagrees);
         }
-        message.truncate(FRAME_HEADER_BYTES + read);
         if request.resend {
             let whole = read as u64 == room;
-            // A copy is our own: nobody replaces it, and it may not hold what stands before it.
-            let expect = request.expect.filter(|_| matches!(self, Origin::File(_)));
-            let same = expect.is_none_or(|expect| {
-                let before = ends_with(&request.before, &message[FRAME_HEADER_BYTES..]);
-                fingerprint_or_short(expect.offset, &before) == expect
-            });
-            if !whole || !same {
-                return Ok(Read::Disagrees);
-            }
-            return Ok(Read::Framed(frame(message, request, read_at)));
+            let framed = frame(message, request, &before, read_at);
+            let same = request.expect.is_none_or(|expect| framed.fingerprint == expect);
+            return Ok(if whole && same { Read::Framed(framed) } else { Read::Disagrees });
         }
         if read == 0 {
             return Ok(if room == 0 { Read::End } else { Read::Partial(0) });
@@ -226,7 +224,7 @@ impl Origin {
             return Ok(Read::Nul { to: from + length as u64 });
         }
         message.truncate(FRAME_HEADER_BYTES + length);
-        Ok(Read::Framed(frame(message, request, read_at)))
+        Ok(Read::Framed(frame(message, request, &before, read_at)))
     }
 }
 
@@ -262,20 +260,21 @@ fn read_spool(spool: &Spool, segment: SegmentId, request: &Request) -> io::Resul
     if records.len() > request.want.max(FRAME_BYTES_TARGET) && !request.resend {
         return Ok(Read::Needs(records.len()));
     }
-    let mut message = BytesMut::with_capacity(FRAME_HEADER_BYTES + records.len());
+    let mut message = Vec::with_capacity(FRAME_HEADER_BYTES + records.len());
     message.resize(FRAME_HEADER_BYTES, 0);
     message.extend_from_slice(records);
-    Ok(Read::Framed(frame(message, request, now_ms())))
+    Ok(Read::Framed(frame(message, request, &[], now_ms())))
 }
 
-/// Writes the header and notes what the next read is compared with.
-fn frame(message: BytesMut, request: &Request, read_at: u64) -> Framed {
+/// Writes the header and notes what the next read is compared with. `before` are the (at most 64)
+/// bytes before the records.
+fn frame(message: Vec<u8>, request: &Request, before: &[u8], read_at: u64) -> Framed {
     let records = &message[FRAME_HEADER_BYTES..];
     let to = request.from + records.len() as u64;
-    let before = ends_with(&request.before, records);
+    let ends = ends_with(before, records);
     // After a newline or a NUL run a record is a new one.
     let continues = matches!(request.framing, Framing::Lines { .. })
-        && request.before.last().is_some_and(|&byte| byte != b'\n' && byte != 0);
+        && before.last().is_some_and(|&byte| byte != b'\n' && byte != 0);
     let flags = FrameFlags { zstd: false, resend: request.resend, continues };
     let message = DataFrame::encode_in_place(message, request.handle, flags, request.from, read_at);
     let records = message.slice(FRAME_HEADER_BYTES..);
@@ -285,8 +284,8 @@ fn frame(message: BytesMut, request: &Request, read_at: u64) -> Framed {
     } else {
         message
     };
-    let fingerprint = fingerprint_or_short(to, &before);
-    Framed { message, records, to, fingerprint, before, continues }
+    let fingerprint = fingerprint_or_short(to, &ends);
+    Framed { message, records, to, fingerprint, before: ends, continues }
 }
 
 /// The last 64 bytes of `before` followed by `records`.
@@ -303,7 +302,7 @@ fn ends_with(before: &[u8], records: &[u8]) -> Vec<u8> {
 
 /// In spools and kept copies fewer bytes than 64 may be known before an offset; their content is
 /// not recognised by fingerprints.
-fn fingerprint_or_short(offset: u64, before: &[u8]) -> Fingerprint {
+pub fn fingerprint_or_short(offset: u64, before: &[u8]) -> Fingerprint {
     if before.len() as u64 >= offset.min(FINGERPRINT_BYTES as u64) {
         fingerprint(offset, before)
     } else {
@@ -315,4 +314,93 @@ fn fingerprint_or_short(offset: u64, before: &[u8]) -> Fingerprint {
 pub fn now_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    use super::*;
+
+    fn origin(path: &Path) -> Origin {
+        let tail = Tail::open(path, false).expect("open");
+        Origin::File(FileOrigin::new(tail).expect("first bytes"))
+    }
+
+    fn request(from: u64, frontier: u64, before: &[u8]) -> Request {
+        Request {
+            from,
+            to: None,
+            want: FRAME_BYTES_TARGET,
+            frontier,
+            before: before.to_vec(),
+            expect: None,
+            framing: Framing::LINES,
+            handle: 1,
+            resend: false,
+            compress: false,
+        }
+    }
+
+    fn framed(read: Read) -> Framed {
+        match read {
+            Read::Framed(framed) => framed,
+            other => panic!("not framed: {other:?}"),
+        }
+    }
+
+    /// Sends `text` as two frames that meet at `middle`, and asks for the second one again.
+    fn twice(text: &[u8], middle: usize) -> (Framed, Framed) {
+        let dir = tempfile::tempdir().expect("a folder");
+        let path = dir.path().join("file");
+        fs::write(&path, text).expect("write");
+        let mut origin = origin(&path);
+        let mut request = request(0, 0, b"");
+        request.to = Some(middle as u64);
+        let first = framed(origin.read(&request).expect("read"));
+        let mut request = self::request(first.to, first.to, &first.before);
+        request.to = Some(text.len() as u64);
+        let second = framed(origin.read(&request).expect("read"));
+        let mut again = self::request(first.to, second.to, &second.before);
+        again.to = Some(second.to);
+        again.want = (second.to - first.to) as usize;
+        again.expect = Some(second.fingerprint);
+        again.resend = true;
+        let again = framed(origin.read(&again).expect("read"));
+        (second, again)
+    }
+
+    #[test]
+    fn a_range_shorter_than_a_fingerprint_is_read_again() {
+        let text = [vec![b'x'; 200], b"\nshort\n".to_vec()].concat();
+        let (first, again) = twice(&text, 201);
+        assert_eq!(first.records, &b"short\n"[..]);
+        assert_eq!(again.records, first.records);
+        assert_eq!(again.fingerprint, first.fingerprint);
+    }
+
+    #[test]
+    fn what_goes_on_from_a_cut_still_does_when_it_is_read_again() {
+        let (first, again) = twice(b"cut here", 4);
+        assert!(first.continues && again.continues);
+    }
+
+    #[test]
+    fn a_part_of_a_frame_is_not_taken_from_another_generation() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let path = dir.path().join("file");
+        let text = |tag: &str| format!("{}{}", "header\n".repeat(200), tag.repeat(100));
+        fs::write(&path, text("one\n")).expect("write");
+        let mut origin = origin(&path);
+        let sent = framed(origin.read(&request(0, 0, b"")).expect("read"));
+        // Truncated and grown again, with the same first bytes.
+        fs::write(&path, text("two\n")).expect("write");
+        // A deferred part in the middle of a frame has no fingerprint of its own.
+        let mut again = request(1404, sent.to, &sent.before);
+        again.to = Some(1412);
+        again.want = 8;
+        again.resend = true;
+        assert!(matches!(origin.read(&again).expect("read"), Read::Disagrees));
+    }
 }

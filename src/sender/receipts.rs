@@ -108,9 +108,8 @@ fn write_line(output: &mut impl Write, line: &Line) -> io::Result<()> {
         };
         let text = ids.of(&record).text();
         let own_day = record.time.filter(|_| !record.key.is_empty()).map(Day::of_millis);
-        let own_index = own_day
-            .filter(|day| *day != row.day)
-            .map(|day| rule.name(&row.type_name, day));
+        let own_index =
+            own_day.filter(|day| *day != row.day).map(|day| rule.name(&row.type_name, day));
         let entry = Entry {
             id: std::str::from_utf8(&text).unwrap_or_default(),
             index: own_index.as_deref().unwrap_or(&index),

@@ -62,7 +62,13 @@ impl Attributes {
             rule: None,
             first_bytes: opening.first_bytes,
         };
-        let mut entry = Entry { row, run: opening.run, destination: None, kept_from: None };
+        let mut entry = Entry {
+            row,
+            run: opening.run,
+            destination: None,
+            kept_from: None,
+            kept_short_of: None,
+        };
         if let Some(welcome) = welcome {
             complete(&mut entry, welcome);
         }
@@ -99,16 +105,4 @@ pub fn suits(entry: &Entry, welcome: &Welcome) -> bool {
         _ => true,
     };
     same_rule && same_destination
-}
-
-/// The same stretch from `start` on under a new segment id: for another sender's identity, under
-/// which the old ids could never be made again.
-pub fn renew(entry: &Entry, start: u64) -> Entry {
-    let mut renewed = entry.clone();
-    renewed.row.segment = SegmentId::mint();
-    renewed.row.start = start;
-    renewed.row.sender = None;
-    renewed.row.rule = None;
-    renewed.destination = None;
-    renewed
 }

@@ -21,6 +21,7 @@ use super::stream::{End, Ended, Flags, Parts, Stream};
 use crate::config::Input;
 use crate::record::{Day, Framing, SegmentId};
 use crate::source::datagram::DatagramSource;
+use crate::source::http_intake::HttpIntake;
 use crate::source::stdin::{StdinEnd, StdinSource};
 use crate::source::stream::StreamSource;
 use crate::source::supervisor::SupervisorSource;
@@ -57,6 +58,7 @@ pub struct SpoolSource {
 enum Intake {
     Datagram(DatagramSource),
     Stream(StreamSource),
+    Http(HttpIntake),
     Stdin(StdinSource),
     Supervisor(SupervisorSource),
 }
@@ -78,6 +80,13 @@ impl SpoolSource {
                 Intake::Datagram(DatagramSource::bind(path, *mode)?)
             }
             Input::UnixStream { path, mode } => Intake::Stream(StreamSource::bind(path, *mode)?),
+            Input::HttpIntake { address } => Intake::Http(HttpIntake::bind(*address)?),
+            Input::SyslogUdp { address, receive_buffer } => {
+                Intake::Datagram(DatagramSource::bind_udp(*address, *receive_buffer)?)
+            }
+            Input::SyslogTcp { address, tls } => {
+                Intake::Stream(StreamSource::bind_tcp(*address, tls.as_ref())?)
+            }
         };
         let folder = directory(state_dir, &attributes.source.name);
         let spool = Arc::new(Spool::open(&folder, budget.clone())?);
@@ -116,6 +125,7 @@ async fn take_in(
     match intake {
         Intake::Datagram(source) => source.run(spool, stopping).await.map(|()| false),
         Intake::Stream(source) => source.run(spool, stopping).await.map(|()| false),
+        Intake::Http(source) => source.run(spool, stopping).await.map(|()| false),
         Intake::Stdin(source) => {
             source.run(spool, stopping).await.map(|end| end == StdinEnd::Finished)
         }
@@ -195,7 +205,15 @@ impl SpoolFollower {
                         self.spool.end_segment();
                     }
                 }
-                Some(ended) = self.tasks.join_next() => healthy &= self.stream_ended(ended),
+                Some(ended) = self.tasks.join_next() => {
+                    if !self.stream_ended(ended) {
+                        healthy = false;
+                        // With --once: nobody waits for a person.
+                        if self.ended {
+                            return healthy;
+                        }
+                    }
+                }
             }
         }
         while let Some(ended) = self.tasks.join_next().await {

@@ -1,11 +1,13 @@
-//! A Unix datagram socket, such as nginx's `syslog:server=unix:` writes to.
+//! Datagram sockets: a Unix one, such as nginx's `syslog:server=unix:` writes to, and syslog over
+//! UDP (RFC 5426).
 //!
-//! Its senders never block: while the kernel's queue is full their lines are gone, and nothing
-//! tells us. That queue is counted in datagrams, `net.unix.max_dgram_qlen` at the time of the
-//! bind, so a thread of its own drains it and never waits for a sync, only for room.
+//! Their senders never wait for us. A Unix socket's queue is counted in datagrams,
+//! `net.unix.max_dgram_qlen` at the time of the bind, and while it is full its senders' lines are
+//! gone without our knowing. A UDP socket's queue is its receive buffer, and the kernel counts what
+//! it had to drop. So a thread of its own drains either and never waits for a sync, only for room.
 
 use std::io::{self, PipeReader, PipeWriter};
-use std::net::Shutdown;
+use std::net::{Shutdown, SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
@@ -13,24 +15,37 @@ use std::sync::Arc;
 use std::{fs, thread};
 
 use rustix::net::{RecvFlags, SocketType};
+use socket2::Socket;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
+use super::drops::{self, Drops};
 use super::socket::{BindError, Intake, SocketFile, SourceError};
-use super::stdin::wait;
+use super::stdin::wait_at_most;
 use crate::record::escape_path;
 use crate::spool::{Spool, SpoolError, Throttle};
 
-/// The longest datagram that is taken whole, in bytes. A sender's own bound is its send buffer,
-/// 212,960 bytes by default; pages that no datagram reaches are never touched.
+/// The longest datagram that is taken whole, in bytes. A Unix sender's own bound is its send
+/// buffer, 212,960 bytes by default, and UDP ends at 65,507; pages that no datagram reaches are
+/// never touched.
 const DATAGRAM_BYTES_MAX: usize = 4 << 20;
 
 /// A bound socket, before its first datagram is read.
 #[derive(Debug)]
 pub struct DatagramSource {
-    socket: Arc<UnixDatagram>,
-    file: SocketFile,
+    socket: Arc<Socket>,
+    /// As log lines name it: the path, or the address.
+    name: String,
+    kind: Kind,
+}
+
+#[derive(Debug)]
+enum Kind {
+    /// Senders are refused at a stop, unless the socket is kept for the next start.
+    Unix(SocketFile),
+    /// Senders cannot be refused, and drops are counted.
+    Udp,
 }
 
 impl DatagramSource {
@@ -43,16 +58,51 @@ impl DatagramSource {
         let (socket, file) =
             SocketFile::bind(path, mode, SocketType::DGRAM, |path| UnixDatagram::bind(path))?;
         let queue = fs::read_to_string("/proc/sys/net/unix/max_dgram_qlen").unwrap_or_default();
+        let name = escape_path(path);
         tracing::info!(
-            socket = %escape_path(path), queue_datagrams = queue.trim(),
+            socket = %name, queue_datagrams = queue.trim(),
             "listening for datagrams; when the queue is full their senders drop lines",
         );
-        Ok(DatagramSource { socket: Arc::new(socket), file })
+        Ok(DatagramSource { socket: Arc::new(socket.into()), name, kind: Kind::Unix(file) })
     }
 
-    /// Spools one record per datagram until the stop, and syncs them. Of a socket that this process
-    /// bound, senders are then refused, what is queued is taken, and the file is unlinked; one that
-    /// a service manager keeps is left as it is, with its queue.
+    /// Binds a UDP address and asks for a receive buffer of so many bytes, which holds what
+    /// arrives while this process does not run. Port 0 takes a free one, which is logged.
+    ///
+    /// # Errors
+    ///
+    /// Where the address is in use, is none of this machine's, or may not be bound.
+    pub fn bind_udp(
+        address: SocketAddr,
+        receive_buffer: usize,
+    ) -> Result<DatagramSource, BindError> {
+        let failed = |source| BindError::address(address, source);
+        let socket: Socket = UdpSocket::bind(address).map_err(failed)?.into();
+        // Only root may pass the machine's bound.
+        if rustix::net::sockopt::set_socket_recv_buffer_size_force(&socket, receive_buffer).is_err()
+        {
+            socket.set_recv_buffer_size(receive_buffer).map_err(failed)?;
+        }
+        // The kernel doubles what it grants, to pay for its own bookkeeping (socket(7)).
+        let granted = socket.recv_buffer_size().map_err(failed)? / 2;
+        let bound = socket.local_addr().ok().and_then(|address| address.as_socket());
+        let name = bound.unwrap_or(address).to_string();
+        tracing::info!(
+            socket = %name, receive_buffer = granted,
+            "listening for datagrams; what finds the receive buffer full is lost, and counted",
+        );
+        if granted < receive_buffer {
+            tracing::warn!(
+                socket = %name, receive_buffer = granted, wanted = receive_buffer,
+                "the kernel grants a smaller receive buffer: set net.core.rmem_max by sysctl(8)",
+            );
+        }
+        Ok(DatagramSource { socket: Arc::new(socket), name, kind: Kind::Udp })
+    }
+
+    /// Spools one record per datagram until the stop. Then what is queued is taken (senders to a
+    /// Unix socket are refused, and its file is unlinked), and all is synced. A socket that a
+    /// service manager keeps is left as it is, with its queue.
     ///
     /// # Errors
     ///
@@ -62,21 +112,26 @@ impl DatagramSource {
         spool: Arc<Spool>,
         shutdown: CancellationToken,
     ) -> Result<(), SourceError> {
-        let failed = |source| SourceError::Read { from: escape_path(self.file.path()), source };
+        let failed = |source| SourceError::Read { from: self.name.clone(), source };
         // Dropping this future stops the thread too.
         let (woken, wake) = io::pipe().map_err(failed)?;
+        let (is_kept, is_refusing) = match &self.kind {
+            Kind::Unix(file) => (file.is_kept(), !file.is_kept()),
+            Kind::Udp => (false, false),
+        };
         let stop = Stop {
-            socket: (!self.file.is_kept()).then(|| self.socket.clone()),
+            socket: is_refusing.then(|| self.socket.clone()),
             token: shutdown.child_token(),
             _wake: wake,
         };
         let drain = Drain {
             woken,
-            is_kept: self.file.is_kept(),
+            is_kept,
             socket: self.socket.clone(),
-            path: escape_path(self.file.path()),
+            name: self.name.clone(),
             intake: Intake { spool: spool.clone(), shutdown: stop.token.clone() },
             runtime: Handle::current(),
+            drops: matches!(self.kind, Kind::Udp).then(Drops::new),
             truncated: Throttle::default(),
             waited: Throttle::default(),
         };
@@ -95,18 +150,20 @@ impl DatagramSource {
                 ended.await
             }
         };
-        self.file.unlink();
+        if let Kind::Unix(file) = &self.kind {
+            file.unlink();
+        }
         spool.flush().await?;
         end.unwrap_or_else(|_| Err(io::Error::other("the draining thread panicked")))
             .map_err(failed)
     }
 }
 
-/// Ends the thread when dropped: the pipe's closing wakes it, and `shutdown` refuses senders and
-/// leaves the queue.
+/// Ends the thread when dropped: the pipe's closing wakes it, and `shutdown` refuses a Unix
+/// socket's senders and leaves the queue.
 struct Stop {
-    /// `None` where others hold the socket too.
-    socket: Option<Arc<UnixDatagram>>,
+    /// `None` where senders cannot be refused, or others hold the socket too.
+    socket: Option<Arc<Socket>>,
     token: CancellationToken,
     _wake: PipeWriter,
 }
@@ -123,69 +180,124 @@ impl Drop for Stop {
 }
 
 struct Drain {
-    socket: Arc<UnixDatagram>,
+    socket: Arc<Socket>,
     woken: PipeReader,
     is_kept: bool,
-    path: String,
+    name: String,
     intake: Intake,
     runtime: Handle,
+    /// Of a UDP socket.
+    drops: Option<Drops>,
     truncated: Throttle,
     waited: Throttle,
 }
 
 impl Drain {
-    fn run(&self) -> io::Result<()> {
+    fn run(mut self) -> io::Result<()> {
+        let end = self.drain();
+        if let Some(drops) = &mut self.drops {
+            drops.look_now(&*self.socket, &self.name);
+        }
+        end
+    }
+
+    fn drain(&mut self) -> io::Result<()> {
         let mut buffer = vec![0; DATAGRAM_BYTES_MAX];
+        // Once stopping: how many more bytes of payload may have been queued by then.
+        let mut queued: Option<usize> = None;
         // TRUNC: the answer is the datagram's own length. DONTWAIT and not O_NONBLOCK, which all
         // holders of a socket share.
         let flags = RecvFlags::TRUNC | RecvFlags::DONTWAIT;
+        // So often the drops are looked at while nothing arrives.
+        let pause = self.drops.as_ref().map(|_| drops::LOOK_INTERVAL);
         loop {
-            let stopping = self.intake.shutdown.is_cancelled();
-            if stopping && self.is_kept {
-                return Ok(());
+            if queued.is_none() && self.intake.shutdown.is_cancelled() {
+                if self.is_kept {
+                    return Ok(());
+                }
+                queued = Some(match self.drops {
+                    // Nobody can refuse the senders, so that the queue need never be empty.
+                    Some(_) => self.socket.recv_buffer_size()?,
+                    None => usize::MAX,
+                });
             }
-            if !stopping && self.runtime.block_on(self.intake.room()) {
-                self.note_wait();
+            if queued.is_none() && self.wait_for_room() {
                 // The stop may have ended the wait.
                 continue;
             }
             match rustix::net::recv(&*self.socket, &mut buffer[..], flags) {
-                Ok((taken, length)) => self.spool(&buffer[..taken], length),
+                Ok((taken, length)) => {
+                    self.spool(&buffer[..taken], length);
+                    if let Some(left) = &mut queued {
+                        // An empty datagram takes room as well.
+                        match left.checked_sub(taken.max(1)) {
+                            Some(rest) => *left = rest,
+                            None => return Ok(()),
+                        }
+                    }
+                }
                 Err(error) => match io::Error::from(error) {
                     error if error.kind() == io::ErrorKind::Interrupted => {}
                     error if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
-                    _ if stopping => return Ok(()),
+                    _ if queued.is_some() => return Ok(()),
                     _ => {
-                        wait(self.socket.as_fd(), &self.woken)?;
+                        wait_at_most(self.socket.as_fd(), &self.woken, pause)?;
                     }
                 },
+            }
+            if let Some(drops) = &mut self.drops {
+                drops.look(&*self.socket, &self.name);
             }
         }
     }
 
+    /// Runs what may have to wait for the spool; what the kernel drops meanwhile is reported
+    /// meanwhile.
+    fn wait<'s, T, F>(&'s mut self, future: impl FnOnce(&'s Intake) -> F) -> T
+    where
+        F: Future<Output = T> + 's,
+    {
+        let future = future(&self.intake);
+        let Some(drops) = &mut self.drops else { return self.runtime.block_on(future) };
+        let (socket, name) = (&*self.socket, &self.name);
+        self.runtime.block_on(async {
+            tokio::pin!(future);
+            loop {
+                tokio::select! {
+                    biased;
+                    done = &mut future => return done,
+                    () = tokio::time::sleep(drops::LOOK_INTERVAL) => drops.look(socket, name),
+                }
+            }
+        })
+    }
+
+    /// `true` where it had to wait, for room or the stop.
+    fn wait_for_room(&mut self) -> bool {
+        let waited = self.wait(Intake::room);
+        if waited && let Some(times) = self.waited.count() {
+            tracing::warn!(
+                socket = %self.name, times,
+                "the spool had no room, so that datagrams waited in the kernel's queue; when that \
+                 is full lines are lost",
+            );
+        }
+        waited
+    }
+
     /// One record per datagram (RFC 5426 §3.1), less one newline at its end.
-    fn spool(&self, datagram: &[u8], length: usize) {
+    fn spool(&mut self, datagram: &[u8], length: usize) {
         if length > datagram.len()
             && let Some(times) = self.truncated.count()
         {
             tracing::warn!(
-                socket = %self.path, length, taken = datagram.len(), times,
+                socket = %self.name, length, taken = datagram.len(), times,
                 "a datagram was longer than the limit: its end is lost; send it over a stream",
             );
         }
         let payload = datagram.strip_suffix(b"\n").unwrap_or(datagram);
         if !payload.is_empty() {
-            self.runtime.block_on(self.intake.append(payload));
-        }
-    }
-
-    fn note_wait(&self) {
-        if let Some(times) = self.waited.count() {
-            tracing::warn!(
-                socket = %self.path, times,
-                "the spool had no room, so that datagrams waited in the kernel's queue; when that \
-                 is full their senders drop lines",
-            );
+            self.wait(|intake| intake.append(payload));
         }
     }
 }
@@ -263,6 +375,44 @@ mod tests {
         assert_eq!(records[0], b"two\nlines");
         assert_eq!(records[1..].concat(), huge);
         assert!(records.iter().all(|record| record.len() <= RECORD_BYTES_MAX));
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_is_queued_at_a_stop_is_taken_though_udp_senders_go_on() {
+        let dir = TempDir::new().expect("dir");
+        let loopback = SocketAddr::from(([127, 0, 0, 1], 0));
+        let source = DatagramSource::bind_udp(loopback, 1 << 20).expect("bind");
+        let address = source.name.clone();
+        let budget = Arc::new(Budget::new(1 << 30));
+        let spool = Arc::new(Spool::open(&dir.path().join("spool"), budget).expect("spool"));
+        let client = UdpSocket::bind("127.0.0.1:0").expect("socket");
+        client.connect(address).expect("connect");
+        for number in 0..100 {
+            client.send(format!("<13>line {number}\n").as_bytes()).expect("send");
+        }
+        let over = CancellationToken::new();
+        let going_on = over.clone();
+        let flood = tokio::task::spawn_blocking(move || {
+            while !going_on.is_cancelled() {
+                let _ = client.send(b"more");
+            }
+        });
+        let shutdown = CancellationToken::new();
+        shutdown.cancel();
+        source.run(spool.clone(), shutdown).await.expect("an end all the same");
+        over.cancel();
+        flood.await.expect("flood");
+        let records = spooled(&spool);
+        let expected: Vec<_> = (0..100).map(|n| format!("<13>line {n}").into_bytes()).collect();
+        assert_eq!(records[..100], expected);
+    }
+
+    #[test]
+    fn a_udp_address_in_use_says_so() {
+        let holder = UdpSocket::bind("127.0.0.1:0").expect("bind");
+        let address = holder.local_addr().expect("address");
+        let error = DatagramSource::bind_udp(address, 1 << 20).expect_err("in use");
+        assert!(matches!(error, BindError::AddressInUse { .. }), "{error}");
     }
 
     /// Full means that nothing more is taken from the kernel's queue, and a stop still loses

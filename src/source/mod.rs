@@ -2,8 +2,11 @@
 
 pub mod files;
 
+mod connection;
 pub mod datagram;
+mod drops;
 mod framer;
+pub mod http_intake;
 mod inherited;
 mod socket;
 pub mod stdin;

@@ -1,7 +1,9 @@
-//! What the Unix sockets and standard input share: claiming a path, handing records to the spool.
+//! What the sockets and standard input share: claiming a path or an address, handing records to
+//! the spool.
 
 use std::fs;
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixDatagram;
@@ -16,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use super::inherited::{self, Passed};
 use crate::record::{RECORD_BYTES_MAX, escape_path};
 use crate::spool::{Spool, SpoolError};
+use crate::tls::TlsError;
 
 /// The longest socket path, in bytes: `sun_path` less its final NUL (unix(7)).
 const PATH_BYTES_MAX: usize = 107;
@@ -60,7 +63,41 @@ pub enum BindError {
         /// The socket's path.
         path: String,
     },
-    /// Anything else, mostly permissions.
+    /// Somebody listens at an address.
+    #[error("{address} is in use: stop what listens there, or choose another port")]
+    AddressInUse {
+        /// As configured.
+        address: SocketAddr,
+    },
+    /// A port below 1024 that this user may not use.
+    #[error(
+        "{address} may not be bound by this user: choose a port above 1023, or grant \
+         CAP_NET_BIND_SERVICE (AmbientCapabilities= of the service)"
+    )]
+    AddressDenied {
+        /// As configured.
+        address: SocketAddr,
+    },
+    /// The address belongs to another machine, or to none.
+    #[error(
+        "{address} is no address of this machine: choose one that `ip address` lists, or 0.0.0.0"
+    )]
+    AddressElsewhere {
+        /// As configured.
+        address: SocketAddr,
+    },
+    /// Any other trouble with an address.
+    #[error("{address} cannot be bound: {source}")]
+    Address {
+        /// As configured.
+        address: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
+    /// The certificate or its key is unfit.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// Anything else with a path, mostly permissions.
     #[error("{path}: cannot bind the socket: check the owner and permissions of its directory")]
     Io {
         /// The socket's path.
@@ -74,6 +111,15 @@ impl BindError {
     fn io(path: &Path, source: io::Error) -> BindError {
         BindError::Io { path: escape_path(path), source }
     }
+
+    pub(super) fn address(address: SocketAddr, source: io::Error) -> BindError {
+        match source.kind() {
+            io::ErrorKind::AddrInUse => BindError::AddressInUse { address },
+            io::ErrorKind::PermissionDenied => BindError::AddressDenied { address },
+            io::ErrorKind::AddrNotAvailable => BindError::AddressElsewhere { address },
+            _ => BindError::Address { address, source },
+        }
+    }
 }
 
 /// Why a source that feeds a spool ended before it was told to.
@@ -82,7 +128,7 @@ pub enum SourceError {
     /// The kernel gives no more bytes; what came before is synced.
     #[error("cannot read {from}")]
     Read {
-        /// The socket's path, or `standard input`.
+        /// The socket's path or address, or `standard input`.
         from: String,
         /// Why.
         source: io::Error,
@@ -128,10 +174,6 @@ impl SocketFile {
         let file = SocketFile { path: path.to_owned(), identity };
         fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(failed)?;
         Ok((socket, file))
-    }
-
-    pub fn path(&self) -> &Path {
-        &self.path
     }
 
     /// Whether the socket outlives this process: what is queued then is for the next start.
@@ -238,7 +280,6 @@ impl Intake {
     }
 }
 
-/// Milliseconds since 1970.
 pub(super) fn now_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)

@@ -8,6 +8,7 @@ use std::io::{self, PipeReader, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
@@ -131,12 +132,27 @@ pub(super) enum Ready {
 
 /// Waits until there is something to read, or the other end of `woken` is closed.
 pub(super) fn wait(input: BorrowedFd<'_>, woken: &PipeReader) -> io::Result<Ready> {
+    loop {
+        if let Some(ready) = wait_at_most(input, woken, None)? {
+            return Ok(ready);
+        }
+    }
+}
+
+/// The same, for so long; `None` where nothing came.
+pub(super) fn wait_at_most(
+    input: BorrowedFd<'_>,
+    woken: &PipeReader,
+    pause: Option<Duration>,
+) -> io::Result<Option<Ready>> {
+    let milliseconds = pause
+        .map_or(-1, |pause| libc::c_int::try_from(pause.as_millis()).unwrap_or(libc::c_int::MAX));
     let entry = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
     let mut entries = [entry(woken.as_raw_fd()), entry(input.as_raw_fd())];
     loop {
         // SAFETY: `entries` is an array of two that lives over the call, and both descriptors are
         // open as long as their owners are borrowed.
-        let count = unsafe { libc::poll(entries.as_mut_ptr(), 2, -1) };
+        let count = unsafe { libc::poll(entries.as_mut_ptr(), 2, milliseconds) };
         if count < 0 {
             let error = io::Error::last_os_error();
             if error.kind() != io::ErrorKind::Interrupted {
@@ -144,7 +160,11 @@ pub(super) fn wait(input: BorrowedFd<'_>, woken: &PipeReader) -> io::Result<Read
             }
             continue;
         }
-        return Ok(if entries[0].revents != 0 { Ready::Stop } else { Ready::Input });
+        return Ok(match entries {
+            _ if count == 0 => None,
+            [woken, _] if woken.revents != 0 => Some(Ready::Stop),
+            _ => Some(Ready::Input),
+        });
     }
 }
 

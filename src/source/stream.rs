@@ -1,25 +1,28 @@
-//! A Unix stream socket, such as syslog-ng's `unix-stream()` destination writes to.
+//! Listeners for streams of lines or octet-counted messages (RFC 6587): a Unix socket, such as
+//! syslog-ng's `unix-stream()` destination writes to, and syslog over TCP or TLS (RFC 5425).
 //!
 //! A peer counts a line as delivered when its `write` returns, so what it wrote must not die with
-//! an orderly stop: the stop refuses further writes and then reads what is there. Full means not
-//! reading, which the peer's own flow control sees.
+//! an orderly stop. Full means not reading, which the peer's own flow control sees.
 
-use std::os::unix::net::UnixListener as StdListener;
+use std::io;
+use std::net::{SocketAddr, TcpListener as StdTcpListener};
+use std::os::unix::net::UnixListener as StdUnixListener;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::net::{Shutdown, SocketType};
-use tokio::io::AsyncReadExt;
-use tokio::net::{UnixListener, UnixStream};
+use rustix::net::SocketType;
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::framer::Framer;
+use super::connection::Accepted;
 use super::socket::{BindError, Intake, SocketFile, SourceError};
+use crate::config::ServerTls;
 use crate::record::escape_path;
 use crate::spool::{Spool, Throttle};
+use crate::tls::Acceptor;
 
 /// Connections served at a time, each with at most one longest record in memory; more wait in the
 /// kernel's backlog.
@@ -31,8 +34,15 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 /// A bound socket, before its first connection is accepted.
 #[derive(Debug)]
 pub struct StreamSource {
-    listener: StdListener,
-    file: SocketFile,
+    bound: Bound,
+    /// As log lines name it: the path, or the address.
+    name: String,
+}
+
+#[derive(Debug)]
+enum Bound {
+    Unix { listener: StdUnixListener, file: SocketFile },
+    Tcp { listener: StdTcpListener, tls: Option<Acceptor> },
 }
 
 impl StreamSource {
@@ -43,12 +53,34 @@ impl StreamSource {
     /// Where somebody listens there, something else lies there, or the directory is missing.
     pub fn bind(path: &Path, mode: u32) -> Result<StreamSource, BindError> {
         let (listener, file) =
-            SocketFile::bind(path, mode, SocketType::STREAM, |path| StdListener::bind(path))?;
-        tracing::info!(socket = %escape_path(path), "listening for connections");
-        Ok(StreamSource { listener, file })
+            SocketFile::bind(path, mode, SocketType::STREAM, |path| StdUnixListener::bind(path))?;
+        let name = escape_path(path);
+        tracing::info!(socket = %name, "listening for connections");
+        Ok(StreamSource { bound: Bound::Unix { listener, file }, name })
     }
 
-    /// Spools what peers write until the stop. Then the file is unlinked, what was written by then
+    /// Binds a TCP address, where peers speak plainly or, with a certificate, TLS. Port 0 takes a
+    /// free one, which is logged.
+    ///
+    /// # Errors
+    ///
+    /// Where the address is in use, is none of this machine's, or may not be bound; where the
+    /// certificate or its key is unfit.
+    pub fn bind_tcp(
+        address: SocketAddr,
+        tls: Option<&ServerTls>,
+    ) -> Result<StreamSource, BindError> {
+        let tls = tls.map(Acceptor::new).transpose()?;
+        // The standard library sets SO_REUSEADDR: a restart need not wait for TIME_WAIT.
+        let listener = StdTcpListener::bind(address)
+            .and_then(|listener| listener.set_nonblocking(true).map(|()| listener))
+            .map_err(|source| BindError::address(address, source))?;
+        let name = listener.local_addr().unwrap_or(address).to_string();
+        tracing::info!(socket = %name, tls = tls.is_some(), "listening for connections");
+        Ok(StreamSource { bound: Bound::Tcp { listener, tls }, name })
+    }
+
+    /// Spools what peers write until the stop. Then peers are told to end, what they wrote by then
     /// is read, and all is synced.
     ///
     /// # Errors
@@ -59,19 +91,31 @@ impl StreamSource {
         spool: Arc<Spool>,
         shutdown: CancellationToken,
     ) -> Result<(), SourceError> {
-        let path = escape_path(self.file.path());
-        let failed = |source| SourceError::Read { from: path.clone(), source };
-        self.listener.set_nonblocking(true).map_err(failed)?;
-        let listener = UnixListener::from_std(self.listener).map_err(failed)?;
-        let server = Server {
-            path,
+        let (listener, tls, file) = match self.bound {
+            Bound::Unix { listener, file } => {
+                let listener = listener
+                    .set_nonblocking(true)
+                    .and_then(|()| UnixListener::from_std(listener).map(Listener::Unix));
+                (listener, None, Some(file))
+            }
+            Bound::Tcp { listener, tls } => {
+                (TcpListener::from_std(listener).map(Listener::Tcp), tls, None)
+            }
+        };
+        let listener =
+            listener.map_err(|source| SourceError::Read { from: self.name.clone(), source })?;
+        let server = Arc::new(Server {
+            name: self.name,
+            tls,
             intake: Intake { spool: spool.clone(), shutdown },
             connections: TaskTracker::new(),
-        };
+        });
         server.accept(&listener).await;
         // Connections that wait on a socket that is kept are the next process's.
-        if !self.file.is_kept() {
-            self.file.unlink();
+        if !file.as_ref().is_some_and(SocketFile::is_kept) {
+            if let Some(file) = file {
+                file.unlink();
+            }
             server.accept_backlog(listener);
         }
         server.connections.close();
@@ -80,14 +124,59 @@ impl StreamSource {
     }
 }
 
+enum Listener {
+    Unix(UnixListener),
+    Tcp(TcpListener),
+}
+
+impl Listener {
+    async fn accept(&self) -> io::Result<Accepted> {
+        match self {
+            Listener::Unix(listener) => {
+                listener.accept().await.map(|(stream, _)| Accepted::Unix(stream))
+            }
+            Listener::Tcp(listener) => {
+                listener.accept().await.map(|(stream, peer)| Accepted::Tcp(stream, peer))
+            }
+        }
+    }
+
+    /// Takes each connection that the kernel holds, then closes.
+    fn close(self, mut take: impl FnMut(Accepted)) {
+        match self {
+            Listener::Unix(listener) => {
+                let Ok(listener) = listener.into_std() else { return };
+                while let Ok((stream, _)) = listener.accept() {
+                    if stream.set_nonblocking(true).is_ok()
+                        && let Ok(stream) = UnixStream::from_std(stream)
+                    {
+                        take(Accepted::Unix(stream));
+                    }
+                }
+            }
+            Listener::Tcp(listener) => {
+                let Ok(listener) = listener.into_std() else { return };
+                while let Ok((stream, peer)) = listener.accept() {
+                    if stream.set_nonblocking(true).is_ok()
+                        && let Ok(stream) = TcpStream::from_std(stream)
+                    {
+                        take(Accepted::Tcp(stream, peer));
+                    }
+                }
+            }
+        }
+    }
+}
+
 struct Server {
-    path: String,
+    name: String,
+    tls: Option<Acceptor>,
     intake: Intake,
     connections: TaskTracker,
 }
 
 impl Server {
-    async fn accept(&self, listener: &UnixListener) {
+    async fn accept(self: &Arc<Self>, listener: &Listener) {
         let permits = Arc::new(Semaphore::new(CONNECTIONS_MAX));
         let (crowded, failed) = (Throttle::default(), Throttle::default());
         let next = async {
@@ -96,7 +185,7 @@ impl Server {
                     && let Some(times) = crowded.count()
                 {
                     tracing::warn!(
-                        socket = %self.path, times,
+                        socket = %self.name, times,
                         "{CONNECTIONS_MAX} connections are open: further ones wait",
                     );
                 }
@@ -104,11 +193,11 @@ impl Server {
                     return;
                 };
                 match listener.accept().await {
-                    Ok((stream, _)) => self.spawn(stream, Some(permit)),
+                    Ok(accepted) => self.spawn(accepted, Some(permit)),
                     Err(error) => {
                         if let Some(times) = failed.count() {
                             tracing::error!(
-                                socket = %self.path, %error, times,
+                                socket = %self.name, %error, times,
                                 "cannot accept a connection; raise LimitNOFILE if descriptors ran out",
                             );
                         }
@@ -125,79 +214,26 @@ impl Server {
     }
 
     /// Takes the connections that nobody accepted before the stop: their peers may have written.
-    fn accept_backlog(&self, listener: UnixListener) {
-        let Ok(listener) = listener.into_std() else {
-            return;
-        };
-        while let Ok((stream, _)) = listener.accept() {
-            if stream.set_nonblocking(true).is_ok()
-                && let Ok(stream) = UnixStream::from_std(stream)
-            {
-                self.spawn(stream, None);
-            }
-        }
+    fn accept_backlog(self: &Arc<Self>, listener: Listener) {
+        listener.close(|accepted| self.spawn(accepted, None));
     }
 
-    fn spawn(&self, stream: UnixStream, permit: Option<OwnedSemaphorePermit>) {
-        let (path, intake) = (self.path.clone(), self.intake.clone());
+    fn spawn(self: &Arc<Self>, accepted: Accepted, permit: Option<OwnedSemaphorePermit>) {
+        let server = self.clone();
         self.connections.spawn(async move {
-            serve(stream, &path, &intake).await;
+            accepted.serve(&server.name, server.tls.as_ref(), &server.intake).await;
             drop(permit);
         });
     }
 }
 
-/// Reads one connection to its end, or to what was written before the stop.
-async fn serve(mut stream: UnixStream, path: &str, intake: &Intake) {
-    let mut framer = Framer::detecting();
-    let mut stopping = false;
-    'connection: loop {
-        if !stopping {
-            intake.room().await;
-        }
-        let read = tokio::select! {
-            biased;
-            () = intake.shutdown.cancelled(), if !stopping => {
-                stopping = true;
-                // The peer's next write fails; what it wrote before is read to its end.
-                if let Err(error) = rustix::net::shutdown(&stream, Shutdown::Read) {
-                    tracing::debug!(socket = path, %error, "the peer was gone already");
-                }
-                continue;
-            }
-            read = stream.read_buf(framer.space()) => read,
-        };
-        match read {
-            Ok(0) => break,
-            Ok(_) => {}
-            Err(error) => {
-                tracing::warn!(socket = path, %error, "a connection broke");
-                break;
-            }
-        }
-        loop {
-            match framer.next() {
-                Ok(Some(record)) => intake.append(&record).await,
-                Ok(None) => break,
-                Err(error) => {
-                    tracing::warn!(
-                        socket = path, %error,
-                        "connection closed: mend the peer's framing, or let it end lines by newline",
-                    );
-                    break 'connection;
-                }
-            }
-        }
-    }
-    intake.append(&framer.finish()).await;
-}
-
 #[cfg(test)]
 pub(super) mod tests {
-    use std::io;
+    use std::io::{self, Read, Write};
+    use std::net::TcpStream as StdTcpStream;
 
     use tempfile::TempDir;
-    use tokio::io::AsyncWriteExt;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
     use crate::record::{Framing, RECORD_BYTES_MAX};
@@ -247,6 +283,135 @@ pub(super) mod tests {
             assert!(!self.path.exists(), "unlinked on a clean stop");
             spooled(&self.spool)
         }
+    }
+
+    struct Network {
+        _dir: TempDir,
+        address: String,
+        spool: Arc<Spool>,
+        shutdown: CancellationToken,
+        task: tokio::task::JoinHandle<Result<(), SourceError>>,
+    }
+
+    fn loopback() -> SocketAddr {
+        SocketAddr::from(([127, 0, 0, 1], 0))
+    }
+
+    fn listen(tls: Option<&ServerTls>) -> Network {
+        let dir = TempDir::new().expect("dir");
+        let source = StreamSource::bind_tcp(loopback(), tls).expect("bind");
+        let address = source.name.clone();
+        let budget = Arc::new(Budget::new(1 << 30));
+        let spool = Arc::new(Spool::open(&dir.path().join("spool"), budget).expect("spool"));
+        let shutdown = CancellationToken::new();
+        let task = tokio::spawn(source.run(spool.clone(), shutdown.clone()));
+        Network { _dir: dir, address, spool, shutdown, task }
+    }
+
+    impl Network {
+        async fn stop(self) -> Vec<Vec<u8>> {
+            self.shutdown.cancel();
+            self.task.await.expect("task").expect("synced");
+            spooled(&self.spool)
+        }
+    }
+
+    #[tokio::test]
+    async fn one_peers_lie_or_endless_line_is_no_other_peers_trouble() {
+        let network = listen(None);
+        let mut liar = TcpStream::connect(&network.address).await.expect("connect");
+        liar.write_all(b"5 <13>a99999999 <13>b").await.expect("write");
+        let mut rest = Vec::new();
+        let _ = liar.read_to_end(&mut rest).await;
+        let mut endless = TcpStream::connect(&network.address).await.expect("connect");
+        endless.write_all(&vec![b'x'; RECORD_BYTES_MAX + 1]).await.expect("write");
+        let mut honest = TcpStream::connect(&network.address).await.expect("connect");
+        honest.write_all(b"fine\n").await.expect("write");
+        drop((endless, honest));
+        let mut records = network.stop().await;
+        records.sort();
+        let cut = vec![b'x'; RECORD_BYTES_MAX];
+        assert_eq!(records, [&b"<13>a"[..], b"<13>b", b"fine", b"x", &cut]);
+    }
+
+    #[test]
+    fn an_address_in_use_says_so() {
+        let holder = StdTcpListener::bind(loopback()).expect("bind");
+        let address = holder.local_addr().expect("address");
+        let error = StreamSource::bind_tcp(address, None).expect_err("in use");
+        assert!(matches!(error, BindError::AddressInUse { .. }), "{error}");
+        let elsewhere = SocketAddr::from(([192, 0, 2, 1], 0));
+        let error = StreamSource::bind_tcp(elsewhere, None).expect_err("not ours");
+        assert!(matches!(error, BindError::AddressElsewhere { .. }), "{error}");
+    }
+
+    /// A peer that ends its connection when it is told to (as syslog daemons do) loses nothing,
+    /// whatever it wrote until it noticed.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_peer_that_heeds_the_end_loses_no_line_at_a_stop() {
+        let network = listen(None);
+        let address = network.address.clone();
+        let (begun, writing) = tokio::sync::oneshot::channel();
+        let peer = tokio::task::spawn_blocking(move || {
+            let mut peer = StdTcpStream::connect(address).expect("connect");
+            peer.set_nonblocking(true).expect("nonblocking");
+            let mut begun = Some(begun);
+            let mut sent: u64 = 0;
+            let mut told = [0; 1];
+            while !matches!(peer.read(&mut told), Ok(0)) {
+                peer.set_nonblocking(false).expect("blocking");
+                peer.write_all(format!("line {sent}\n").as_bytes()).expect("write");
+                peer.set_nonblocking(true).expect("nonblocking");
+                sent += 1;
+                if let Some(begun) = begun.take_if(|_| sent > 100) {
+                    begun.send(()).expect("the test waits");
+                }
+            }
+            sent
+        });
+        writing.await.expect("lines are written");
+        let records = network.stop().await;
+        let sent = peer.await.expect("peer");
+        let expected: Vec<_> = (0..sent).map(|n| format!("line {n}").into_bytes()).collect();
+        assert_eq!(records, expected);
+    }
+
+    /// One that neither writes nor ends holds a stop up for a moment only.
+    #[tokio::test]
+    async fn an_idle_peer_that_never_ends_does_not_hold_up_a_stop() {
+        let network = listen(None);
+        let mut peer = TcpStream::connect(&network.address).await.expect("connect");
+        peer.write_all(b"a line\nunfinished").await.expect("write");
+        assert_eq!(network.stop().await, [&b"a line"[..], b"unfinished"]);
+        drop(peer);
+    }
+
+    fn certificate(dir: &Path) -> (ServerTls, std::path::PathBuf) {
+        let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).expect("made");
+        let files = ServerTls { certificate: dir.join("cert.pem"), key: dir.join("key.pem") };
+        std::fs::write(&files.certificate, made.cert.pem()).expect("write");
+        std::fs::write(&files.key, made.signing_key.serialize_pem()).expect("write");
+        let authority = files.certificate.clone();
+        (files, authority)
+    }
+
+    /// RFC 5425: octet-counted messages within TLS; a peer that speaks plainly gets no further.
+    #[tokio::test]
+    async fn lines_come_through_tls_and_plain_peers_are_refused() {
+        let dir = TempDir::new().expect("dir");
+        let (files, authority) = certificate(dir.path());
+        let network = listen(Some(&files));
+        let mut plain = TcpStream::connect(&network.address).await.expect("connect");
+        plain.write_all(b"<13>not encrypted\n").await.expect("write");
+        let mut answer = Vec::new();
+        // An alert, or a reset: either way an end.
+        let _ = plain.read_to_end(&mut answer).await;
+        let mut peer = crate::tls::dial_for_test(&network.address, &authority).await;
+        peer.write_all(b"6 <13>ab9 <13>count").await.expect("write");
+        peer.shutdown().await.expect("close_notify");
+        let mut rest = Vec::new();
+        peer.read_to_end(&mut rest).await.expect("a clean end");
+        assert_eq!(network.stop().await, [&b"<13>ab"[..], b"<13>count"]);
     }
 
     /// Whatever was written when the stop came is spooled, accepted or not, ended or not.

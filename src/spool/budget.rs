@@ -31,6 +31,12 @@ impl Budget {
         self.used() >= self.max
     }
 
+    /// Whether so many more bytes are admitted now.
+    pub(super) fn admits(&self, bytes: u64) -> bool {
+        let used = self.used();
+        used == 0 || used + bytes <= self.max
+    }
+
     /// Takes `bytes`, or nothing and answers `false`.
     pub(super) fn try_take(&self, bytes: u64) -> bool {
         let take =

@@ -220,7 +220,8 @@ impl Spool {
 
     /// Appends one record as soon as there is room. Dropping the future appends nothing.
     pub async fn append(&self, time_ms: u64, key: &[u8], payload: &[u8]) {
-        self.when_room(|| self.try_append(time_ms, key, payload)).await;
+        let bytes = record_bytes(key, payload);
+        self.when_room(bytes, || self.try_append(time_ms, key, payload)).await;
     }
 
     /// Appends one record over the bounds: what a source has in its hands when it must stop.
@@ -234,7 +235,7 @@ impl Spool {
 
     /// Waits until there is room for a record, so that none is taken from a socket in vain.
     pub async fn room(&self) {
-        self.when_room(|| !self.shared.queue.is_full() && !self.shared.budget.is_full()).await;
+        self.when_room(1, || !self.shared.queue.is_full() && !self.shared.budget.is_full()).await;
     }
 
     /// Waits until all that was appended before this call is synced: as long as the disk refuses
@@ -327,11 +328,11 @@ impl Spool {
         paths.iter().try_for_each(|path| files::remove(path))
     }
 
-    async fn when_room(&self, mut attempt: impl FnMut() -> bool) {
+    async fn when_room(&self, bytes: u64, mut attempt: impl FnMut() -> bool) {
         if attempt() {
             return;
         }
-        self.note_full();
+        self.note_full(bytes);
         loop {
             let room = self.shared.queue.room.notified();
             let freed = self.shared.budget.freed.notified();
@@ -349,10 +350,10 @@ impl Spool {
         }
     }
 
-    fn note_full(&self) {
+    fn note_full(&self, bytes: u64) {
         self.shared.waits.fetch_add(1, Ordering::Relaxed);
         // A queue that is full for the length of one sync is everyday backpressure.
-        if !self.shared.budget.is_full() {
+        if self.shared.budget.admits(bytes) {
             return;
         }
         if let Some(times) = self.full.count() {

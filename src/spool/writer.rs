@@ -16,6 +16,9 @@ use crate::record::{OFFSET_MAX, SegmentId, escape_path};
 /// A file of this many bytes is full; its last group may reach over it.
 const FILE_BYTES: u64 = 16 << 20;
 
+/// What the spool leaves free on its disk, in bytes.
+const ROOM_BYTES_MIN: u64 = 1 << 20;
+
 /// A buffer above this is given back after a burst.
 const SPARE_BYTES_MAX: usize = 1 << 20;
 
@@ -117,9 +120,13 @@ impl Writer {
         let Some(live) = &self.file else {
             return Err(io::Error::other("the spool has no open file"));
         };
-        if let Err(error) = live.file.write_all_at(bytes, self.offset - live.start) {
-            // After "no space" the same bytes go to the same place later: nothing is in doubt.
-            self.broken = !is_full(&error);
+        let room = check_room(&live.file, bytes.len());
+        let written = room.and_then(|()| live.file.write_all_at(bytes, self.offset - live.start));
+        if let Err(error) = written {
+            // After "no space" the same bytes could go to the same place later. But a live file is
+            // never unlinked, so one that holds records would keep the room that their receipts
+            // are to make.
+            self.broken = !is_full(&error) || self.offset > live.start;
             return Err(error);
         }
         if let Err(error) = live.file.sync_data() {
@@ -232,6 +239,16 @@ impl Writer {
         let live = self.file.as_mut().expect("a live file");
         std::mem::replace(&mut live.file, file)
     }
+}
+
+/// The spool leaves the last of a disk to the positions: without them no receipt could ever unlink
+/// one of its files, and a spool that filled its disk would stay full for ever.
+fn check_room(file: &File, bytes: usize) -> io::Result<()> {
+    let disk = rustix::fs::fstatvfs(file)?;
+    if disk.f_bavail.saturating_mul(disk.f_frsize) < ROOM_BYTES_MIN + bytes as u64 {
+        return Err(io::Error::from(io::ErrorKind::StorageFull));
+    }
+    Ok(())
 }
 
 fn is_full(error: &io::Error) -> bool {

@@ -23,14 +23,10 @@ use thiserror::Error;
 use tracing::warn;
 use uuid::Uuid;
 
-use crate::record::{Row, SegmentId};
+use crate::record::{Framing, Row, SegmentId};
 
 use journal::{Change, Journal};
 pub use positions::{Fingerprint, Place, Progress};
-
-/// A position file without changes is rewritten after so long, because its age tells which rotated
-/// files changed while no sender was running.
-const SAVE_AT_LEAST_EVERY: Duration = Duration::from_secs(30);
 
 /// Rows whose file was not seen for so long are forgotten.
 const FORGET_AFTER: Duration = Duration::from_secs(30 * 24 * 3600);
@@ -45,9 +41,29 @@ pub struct Entry {
     /// The destination at the first `welcome`, where it has an identity.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub destination: Option<Uuid>,
-    /// The file was deleted: bytes from this offset on lie in the state directory.
+    /// The file was deleted when its receipted prefix ended here: what follows lies in the state
+    /// directory. Saved positions may be older, since they are saved later.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kept_from: Option<u64>,
+    /// How far the deleted file went when the budget for copies was full: what the copy lacks up to
+    /// here is lost if this process ends.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept_short_of: Option<u64>,
+}
+
+impl Entry {
+    /// The same stretch from `start` on under a new segment id: for another identity than the one
+    /// under which its lines were sent so far, since the old ids could never be made again, or
+    /// would be another sender's.
+    pub fn renewed(&self, start: u64) -> Entry {
+        let mut renewed = self.clone();
+        renewed.row.segment = SegmentId::mint();
+        renewed.row.start = start;
+        renewed.row.sender = None;
+        renewed.row.rule = None;
+        renewed.destination = None;
+        renewed
+    }
 }
 
 /// Why a state directory cannot be used.
@@ -97,9 +113,6 @@ struct Inner {
     /// Positions that are on disk.
     durable: BTreeMap<SegmentId, u64>,
     dirty: bool,
-    saved_at: SystemTime,
-    /// When the last process saved its positions; before that, everything counts as unseen.
-    previous_save: SystemTime,
     cloned: bool,
     rebooted: bool,
 }
@@ -107,7 +120,8 @@ struct Inner {
 impl State {
     /// Opens or makes the directory (mode 0700) and takes its lock. `machine` is this machine's
     /// identity (machine-id(5)): where it differs from the one in the directory, the directory was
-    /// cloned, and [`State::was_cloned`] says so.
+    /// cloned. Then each row ends at its position and a new one opens there, since the other
+    /// machine may go on under the same rows; [`State::was_cloned`] says so.
     pub fn open(dir: &Path, machine: &str) -> Result<State, StateError> {
         let failed = |what| move |source| StateError::Io { dir: dir.to_owned(), what, source };
         fs::DirBuilder::new()
@@ -119,7 +133,6 @@ impl State {
         let (journal, replayed) =
             Journal::open(dir).map_err(failed("its row journal cannot be opened"))?;
         let loaded = positions::load(dir);
-        let saved_at = UNIX_EPOCH + Duration::from_millis(loaded.saved_ms);
         let rebooted = loaded.boot != positions::boot_id();
         let progress = loaded.segments;
         let durable = progress.iter().map(|(id, progress)| (*id, progress.position)).collect();
@@ -131,8 +144,6 @@ impl State {
             instance: replayed.instance.unwrap_or_else(Uuid::now_v7),
             durable,
             dirty: false,
-            saved_at,
-            previous_save: saved_at,
             cloned: false,
             rebooted,
         };
@@ -142,14 +153,18 @@ impl State {
             if inner.cloned {
                 inner.instance = Uuid::now_v7();
             }
+            let (dropped, rows) =
+                if inner.cloned { inner.renew_rows() } else { Default::default() };
+            // One write: a directory that names this machine has no row of the other one.
             let change = Change {
                 instance: Some(inner.instance),
                 machine: Some(machine.to_owned()),
+                rows,
+                dropped,
                 ..Change::default()
             };
             inner.journal.append(&change).map_err(failed("cannot be written"))?;
         }
-        inner.forget_old_rows();
         inner.compact().map_err(failed("its row journal cannot be rewritten"))?;
         Ok(State { dir: dir.to_owned(), inner: Mutex::new(inner), _lock: lock })
     }
@@ -164,8 +179,7 @@ impl State {
         self.lock().instance
     }
 
-    /// Whether the directory came from another machine. Its open rows must end at their positions,
-    /// since the other machine may go on under the same rows.
+    /// Whether the directory came from another machine, and all its rows are new.
     pub fn was_cloned(&self) -> bool {
         self.lock().cloned
     }
@@ -176,17 +190,16 @@ impl State {
         self.lock().rebooted
     }
 
-    /// When the previous process saved its positions for the last time; 1970 where none did.
-    pub fn previous_save(&self) -> SystemTime {
-        self.lock().previous_save
-    }
-
     /// All rows with their progress, oldest first.
     pub fn entries(&self) -> Vec<(Entry, Progress)> {
         let inner = self.lock();
         let with_progress = |entry: &Entry| {
             let progress = inner.progress.get(&entry.row.segment).cloned();
-            (entry.clone(), progress.unwrap_or_else(|| Progress::at_start(&entry.row)))
+            let mut progress = progress.unwrap_or_else(|| Progress::at_start(&entry.row));
+            if progress.prefix.length < entry.row.first_bytes.length {
+                progress.prefix = entry.row.first_bytes.clone();
+            }
+            (entry.clone(), progress)
         };
         inner.entries.values().map(with_progress).collect()
     }
@@ -238,30 +251,50 @@ impl State {
         inner.dirty = true;
     }
 
-    /// Makes all noted positions durable; does nothing where nothing changed lately.
-    pub fn save(&self) -> io::Result<()> {
-        let (progress, now) = {
+    /// Notes that the files of these runs are there, and forgets the rows of files that nobody has
+    /// seen for 30 days. What a spool or a kept copy holds is not forgotten.
+    pub fn saw(&self, present: &BTreeSet<Uuid>) -> io::Result<()> {
+        let dropped = {
             let mut inner = self.lock();
+            let Inner { entries, progress, dirty, .. } = &mut *inner;
             let now = SystemTime::now();
-            let age = now.duration_since(inner.saved_at).unwrap_or(SAVE_AT_LEAST_EVERY);
-            if !inner.dirty && age < SAVE_AT_LEAST_EVERY {
+            let mut dropped = Vec::new();
+            for (segment, entry) in entries.iter() {
+                if !matches!(entry.row.framing, Framing::Lines { .. }) || entry.kept_from.is_some()
+                {
+                    continue;
+                }
+                let progress =
+                    progress.entry(*segment).or_insert_with(|| Progress::at_start(&entry.row));
+                let seen = UNIX_EPOCH + Duration::from_millis(progress.seen_ms);
+                if present.contains(&entry.run) {
+                    progress.seen_ms = positions::milliseconds(now);
+                    *dirty = true;
+                } else if now.duration_since(seen).is_ok_and(|age| age > FORGET_AFTER) {
+                    dropped.push(*segment);
+                }
+            }
+            dropped
+        };
+        if dropped.is_empty() { Ok(()) } else { self.commit(&[], &dropped) }
+    }
+
+    /// Makes all noted positions durable; does nothing where nothing changed.
+    pub fn save(&self) -> io::Result<()> {
+        let progress: BTreeMap<SegmentId, Progress> = {
+            let mut inner = self.lock();
+            if !inner.dirty {
                 return Ok(());
             }
             inner.dirty = false;
-            let live: BTreeMap<SegmentId, Progress> = inner
-                .progress
-                .iter()
-                .filter(|(segment, _)| inner.entries.contains_key(segment))
-                .map(|(segment, progress)| (*segment, progress.clone()))
-                .collect();
-            (live, now)
+            let live = inner.progress.iter().filter(|(id, _)| inner.entries.contains_key(id));
+            live.map(|(segment, progress)| (*segment, progress.clone())).collect()
         };
         // Not under the lock: a slow disk must not hold up those who only note a position.
-        let saved = positions::save(&self.dir, now, &progress);
+        let saved = positions::save(&self.dir, &progress);
         let mut inner = self.lock();
         match &saved {
             Ok(()) => {
-                inner.saved_at = now;
                 inner.durable =
                     progress.iter().map(|(id, progress)| (*id, progress.position)).collect();
             }
@@ -287,22 +320,24 @@ impl State {
 }
 
 impl Inner {
-    fn forget_old_rows(&mut self) {
-        let now = SystemTime::now();
-        let is_old = |entry: &Entry, progress: Option<&Progress>| {
-            let seen = progress.map_or_else(
-                || {
-                    let (seconds, _) =
-                        entry.row.segment.0.get_timestamp().map_or((0, 0), |t| t.to_unix());
-                    UNIX_EPOCH + Duration::from_secs(seconds)
-                },
-                |progress| UNIX_EPOCH + Duration::from_millis(progress.seen_ms),
-            );
-            entry.kept_from.is_none()
-                && now.duration_since(seen).is_ok_and(|age| age > FORGET_AFTER)
-        };
-        let progress = &self.progress;
-        self.entries.retain(|segment, entry| !is_old(entry, progress.get(segment)));
+    /// Ends every row at its position and opens a new one there; gives the old ids and the new
+    /// rows. What is receipted up to its end needs none.
+    fn renew_rows(&mut self) -> (Vec<SegmentId>, Vec<Entry>) {
+        let dropped = self.entries.keys().copied().collect();
+        let mut progress = std::mem::take(&mut self.progress);
+        for (segment, entry) in std::mem::take(&mut self.entries) {
+            let known = progress.remove(&segment);
+            let known = known.unwrap_or_else(|| Progress::at_start(&entry.row));
+            if entry.row.end.is_some_and(|end| known.position >= end) {
+                continue;
+            }
+            let renewed = entry.renewed(known.position);
+            self.progress.insert(renewed.row.segment, known);
+            self.entries.insert(renewed.row.segment, renewed);
+        }
+        self.durable.clear();
+        self.dirty = true;
+        (dropped, self.entries.values().cloned().collect())
     }
 
     fn compact(&mut self) -> io::Result<()> {

@@ -95,7 +95,6 @@ pub(super) fn milliseconds(time: SystemTime) -> u64 {
 
 #[derive(Default, Serialize, Deserialize)]
 pub(super) struct Content {
-    pub saved_ms: u64,
     /// The kernel's boot_id when they were saved (random(4)).
     #[serde(default)]
     pub boot: String,
@@ -120,13 +119,8 @@ pub(super) fn load(dir: &Path) -> Content {
 }
 
 /// Replaces the positions and keeps the ones before.
-pub(super) fn save(
-    dir: &Path,
-    now: SystemTime,
-    segments: &BTreeMap<SegmentId, Progress>,
-) -> io::Result<()> {
-    let content =
-        Content { saved_ms: milliseconds(now), boot: boot_id(), segments: segments.clone() };
+pub(super) fn save(dir: &Path, segments: &BTreeMap<SegmentId, Progress>) -> io::Result<()> {
+    let content = Content { boot: boot_id(), segments: segments.clone() };
     let json = serde_json::to_vec(&content).expect("positions have string keys only");
     let mut bytes = format!("{:08x} ", crc32c::crc32c(&json)).into_bytes();
     bytes.extend_from_slice(&json);

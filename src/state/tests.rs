@@ -27,7 +27,7 @@ fn entry(path: &str) -> Entry {
         rule: None,
         first_bytes: Prefix::default(),
     };
-    Entry { row, run: Uuid::now_v7(), destination: None, kept_from: None }
+    Entry { row, run: Uuid::now_v7(), destination: None, kept_from: None, kept_short_of: None }
 }
 
 fn names(state: &State) -> Vec<String> {
@@ -75,6 +75,57 @@ fn a_clone_on_another_machine_is_noticed_and_gets_a_new_instance() {
     let clone = State::open(dir.path(), "two").expect("state");
     assert!(clone.was_cloned());
     assert_ne!(clone.instance(), instance);
+}
+
+/// A crash right after the clone was noticed must not leave rows under which the other machine may
+/// go on: a second start would not notice the clone any more, and both would give different lines
+/// the same ids (I4).
+#[test]
+fn a_clone_has_new_rows_before_anything_else_happens() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (open, mut ended) = (entry("/open"), entry("/ended"));
+    ended.row.end = Some(50);
+    {
+        let state = State::open(dir.path(), "one").expect("state");
+        state.commit(&[&open, &ended], &[]).expect("commit");
+        for entry in [&open, &ended] {
+            let mut progress = Progress::at_start(&entry.row);
+            progress.advance(Fingerprint { offset: 50, hash: 5 });
+            state.set_progress(entry.row.segment, progress);
+        }
+        state.save().expect("save");
+    }
+    // Never saved a position: killed at once.
+    drop(State::open(dir.path(), "two").expect("state"));
+    let state = State::open(dir.path(), "two").expect("state");
+    assert!(!state.was_cloned());
+    let entries = state.entries();
+    assert_eq!(names(&state), ["/open"]);
+    assert_ne!(entries[0].0.row.segment, open.row.segment);
+    assert_eq!(entries[0].0.run, open.run);
+    assert_eq!((entries[0].0.row.start, entries[0].1.position), (50, 50));
+}
+
+#[test]
+fn rows_go_when_nobody_saw_their_file_for_thirty_days_and_not_while_it_is_there() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (there, gone, kept) = (entry("/there"), entry("/gone"), entry("/kept"));
+    let kept = Entry { kept_from: Some(0), ..kept };
+    let state = State::open(dir.path(), "machine").expect("state");
+    state.commit(&[&there, &gone, &kept], &[]).expect("commit");
+    for entry in [&there, &gone, &kept] {
+        let progress = Progress { seen_ms: 5, ..Progress::at_start(&entry.row) };
+        state.set_progress(entry.row.segment, progress);
+    }
+    state.save().expect("save");
+    drop(state);
+    // Down for more than 30 days, with the file still there.
+    let state = State::open(dir.path(), "machine").expect("state");
+    assert_eq!(names(&state).len(), 3);
+    state.saw(&BTreeSet::from([there.run])).expect("saw");
+    assert_eq!(names(&state), ["/there", "/kept"]);
+    state.saw(&BTreeSet::new()).expect("saw");
+    assert_eq!(names(&state), ["/there", "/kept"], "seen just now");
 }
 
 /// A crash may leave any prefix of the last write. No prefix may lose an earlier row, and no later

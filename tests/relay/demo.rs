@@ -47,7 +47,7 @@ fn the_demo_ends_with_counts_that_agree() {
     assert!(processes(&keep).is_empty(), "{:?}", processes(&keep));
     // The commands that it proposes work.
     let proposed =
-        finished.stdout.lines().filter(|line| line.starts_with("  ") && line.contains(" search "));
+        finished.stdout.lines().filter(|line| line.starts_with("  ") && line.contains(" --store "));
     let mut count = 0;
     for line in proposed {
         let line = line.split(" | ").next().expect("a command");

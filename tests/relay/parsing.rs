@@ -173,7 +173,8 @@ fn the_embedded_store_is_searched_by_words_phrases_fields_and_time() {
     assert_eq!(found(&["\"done 3 job\""]), 0);
     assert_eq!(found(&["done", "3", "job"]), 1);
     assert_eq!(found(&["http.response.status_code:201"]), 50);
-    assert_eq!(found(&["json.shop:berlin", "-http.response.status_code:201"]), 50);
+    assert_eq!(found(&["json.shop:berlin -http.response.status_code:201"]), 50);
+    assert_eq!(found(&["--", "-done"]), 100);
     assert_eq!(found(&["process.pid:77"]), 100);
     assert_eq!(
         found(&["--after", "2026-11-20T10:00:00Z", "--before", "2026-11-20T10:00:01Z"]),

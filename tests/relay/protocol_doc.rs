@@ -10,7 +10,7 @@ use waybill::protocol::{
     Control, DataFrame, FRAME_BYTES_MAX, FRAMES_OUTSTANDING_MAX, MESSAGE_BYTES_MAX, SUBPROTOCOL,
 };
 use waybill::record::framing::{SpoolRecord, spool_record};
-use waybill::record::{IdPrefix, IndexRule, SegmentId, SenderId};
+use waybill::record::{DocumentId, IdPrefix, IndexRule, SegmentId, SenderId};
 
 use crate::support::servers::{root, skip};
 use crate::support::waybill::Bench;
@@ -42,7 +42,8 @@ fn every_message_shown_is_one_of_ours_and_says_all_of_it() {
     let examples = blocks(&document(), "json");
     let mut types = Vec::new();
     for example in examples {
-        let control = Control::decode(&example).unwrap_or_else(|error| panic!("{error}: {example}"));
+        let control =
+            Control::decode(&example).unwrap_or_else(|error| panic!("{error}: {example}"));
         let shown: Value = serde_json::from_str(&example).expect("JSON");
         let written: Value = serde_json::from_str(&control.encode()).expect("JSON");
         assert_eq!(shown, written, "{example}");
@@ -89,10 +90,18 @@ fn the_vectors_of_document_ids_are_what_we_compute() {
         let sender = SenderId(code(sender).parse().expect("a UUID"));
         let segment = SegmentId(code(segment).parse().expect("a UUID"));
         let offset = offset.parse().expect("an offset");
-        assert_eq!(IdPrefix::new(sender, segment).id(offset, &payload).to_string(), code(id), "{row}");
+        assert_eq!(
+            IdPrefix::new(sender, segment).id(offset, &payload).to_string(),
+            code(id),
+            "{row}"
+        );
         checked += 1;
     }
     assert!(checked >= 6, "only {checked} vectors found");
+    let sender = SenderId("01890a5d-ac96-774b-bcce-b302099a8057".parse().expect("a UUID"));
+    let keyed = DocumentId::keyed(sender, b"key", 1_763_714_120_123, b"line");
+    let says = format!("key `key`, time 1763714120123 and payload `line` give `{keyed}`");
+    assert!(text.contains(&says), "{says}");
 }
 
 #[test]
@@ -101,13 +110,16 @@ fn the_limits_and_the_index_shown_are_ours() {
     for number in [FRAME_BYTES_MAX, FRAMES_OUTSTANDING_MAX] {
         assert!(text.contains(&number.to_string()), "{number}");
     }
-    let thousands = format!("{},{:03},{:03}", MESSAGE_BYTES_MAX / 1_000_000, MESSAGE_BYTES_MAX / 1000 % 1000, MESSAGE_BYTES_MAX % 1000);
+    let thousands = format!(
+        "{},{:03},{:03}",
+        MESSAGE_BYTES_MAX / 1_000_000,
+        MESSAGE_BYTES_MAX / 1000 % 1000,
+        MESSAGE_BYTES_MAX % 1000
+    );
     assert!(text.contains(&thousands), "{thousands}");
     assert!(text.contains(SUBPROTOCOL));
-    let name = IndexRule::default().name(
-        &"nginx".parse().expect("a type"),
-        "2026-11-21".parse().expect("a day"),
-    );
+    let name = IndexRule::default()
+        .name(&"nginx".parse().expect("a type"), "2026-11-21".parse().expect("a day"));
     assert!(text.contains(&format!("`{name}`")), "{name}");
 }
 

@@ -42,38 +42,23 @@ fn steps() -> Vec<Step> {
     steps
 }
 
-/// Words that differ from run to run, by a name for their kind.
-fn normalise(text: &str, folder: &Path) -> String {
+/// What differs from run to run, by a name for its kind.
+fn normalise(text: &str, folder: &Path) -> Vec<String> {
     let text = text.replace(&format!("{}/", folder.display()), "/home/me/");
-    let words: Vec<String> = text.split(' ').map(normal_word).collect();
-    words.join(" ")
+    let word = |word: &str| normal_word(word).unwrap_or_else(|| word.to_owned());
+    let line = |line: &str| line.split(' ').map(word).collect::<Vec<_>>().join(" ");
+    text.lines().map(line).collect()
 }
 
-fn normal_word(word: &str) -> String {
-    let digit = |at: usize| word.as_bytes().get(at).is_some_and(u8::is_ascii_digit);
-    if word.starts_with("wb_") {
-        return "TOKEN\n".repeat(word.matches('\n').count().max(1));
+/// `None` where a word is the same in each run.
+fn normal_word(word: &str) -> Option<String> {
+    if word.starts_with("20") && word.get(10..11) == Some("T") && word.ends_with('Z') {
+        return Some("TIME".to_owned());
     }
-    if word.starts_with("20") && digit(2) && digit(3) && word.contains('T') {
-        return "TIME".to_owned();
-    }
-    if let Some(rest) = word.strip_prefix("{\"id\":\"") {
-        let rest = rest.get(32..).unwrap_or_default();
-        return format!("{{\"id\":\"ID{}", without_day(rest));
-    }
-    word.to_owned()
-}
-
-/// `waybill-app-2026.11.21` without its day, wherever it stands.
-fn without_day(text: &str) -> String {
-    match text.find("waybill-app-") {
-        Some(at) => {
-            let end = at + "waybill-app-".len();
-            let rest = text.get(end + 10..).unwrap_or_default();
-            format!("{}DAY{}", &text[..end], rest)
-        }
-        None => text.to_owned(),
-    }
+    let receipt = word.strip_prefix("{\"id\":\"")?;
+    // The first 19 characters are sender and segment; what follows is offset and content.
+    let (id, rest) = receipt.get(19..)?.split_once("\",\"index\":\"waybill-app-")?;
+    Some(format!("id …{id} index waybill-app-DAY{}", rest.get(10..)?))
 }
 
 /// The receiver of the README, stopped with the test.
@@ -89,7 +74,7 @@ impl Drop for Background {
 #[test]
 fn every_command_of_the_readme_does_what_it_shows() {
     let folder = tempfile::tempdir().expect("a folder");
-    let host = rustix_host();
+    let host = host_name();
     let port = free_port().to_string();
     let built = Path::new(env!("CARGO_BIN_EXE_waybill")).parent().expect("a folder");
     let path = format!("{}:{}", built.display(), std::env::var("PATH").unwrap_or_default());
@@ -122,7 +107,7 @@ fn every_command_of_the_readme_does_what_it_shows() {
     }
 }
 
-fn rustix_host() -> String {
+fn host_name() -> String {
     let output = Command::new("uname").arg("-n").output().expect("uname runs");
     String::from_utf8_lossy(&output.stdout).trim().to_owned()
 }

@@ -133,8 +133,9 @@ struct Scene {
 impl Scene {
     fn set() -> Scene {
         let bench = Bench::new();
-        let receiver = bench.receiver();
         let token = fs::read_to_string(bench.token("stranger")).expect("the token");
+        bench.token("test");
+        let receiver = bench.receiver();
         bench.write("app.log", lines("line", 100));
         let sender = bench.sender(&receiver, &["app.log"]);
         wait_for_lines(&bench, 100);

@@ -13,7 +13,9 @@ use crate::destination::{Inbox, Reply};
 use crate::parse::Segment;
 use crate::protocol::{DayBounds, Receipt, Run};
 use crate::record::framing::encode_spool_record;
-use crate::record::{DocumentId, Format, Framing, Prefix, Row, SegmentId, SenderId, TypeName};
+use crate::record::{
+    DocumentId, Format, Framing, IndexRule, Prefix, Row, SegmentId, SenderId, TypeName,
+};
 
 use super::retention::used_bytes;
 use super::writer::Line;
@@ -487,4 +489,44 @@ proptest! {
         let ids = ids.query_map([], |row| row.get::<_, [u8; 24]>(0).map(DocumentId)).expect("SQL");
         prop_assert!(ids.collect::<Result<Vec<_>, _>>().is_ok());
     }
+}
+
+#[test]
+fn a_keyed_line_posted_again_is_one_line_in_the_index_of_its_day() {
+    let folder = folder();
+    let path = folder.path().join("store.sqlite");
+    let mut store = open(&path);
+    let day = DAY_MS * 20_778;
+    let mut records = Vec::new();
+    for (time, key) in [(day, "k1"), (day + DAY_MS, "k2"), (0, "k3")] {
+        encode_spool_record(&mut records, time, key.as_bytes(), b"line");
+    }
+    let mut peer = Peer::new(Framing::SPOOL);
+    let mut segment = segment(Framing::SPOOL);
+    segment.row.rule = Some(IndexRule::default());
+    peer.segment = Arc::new(segment);
+    let first = peer.write(&mut store, 0, records.clone());
+    // Another segment of the same sender: a client's repeat after a restart.
+    let row = Row { segment: SegmentId::mint(), ..peer.segment.row.clone() };
+    let again = Segment::new(row, peer.segment.sender, "web1".to_owned(), "test".to_owned());
+    peer.segment = Arc::new(again);
+    let second = peer.write(&mut store, 77, records);
+    use Verdict::{Already, Stored};
+    let finals = |receipt: &Receipt| -> Vec<(Verdict, u64)> {
+        receipt.runs.iter().map(|run| (run.verdict.clone(), run.lines)).collect()
+    };
+    assert_eq!(finals(&first)[0], (Stored, 2));
+    assert_eq!(finals(&second)[0], (Already, 2));
+    assert!(
+        matches!(&finals(&first)[1].0, Verdict::Parked { reason } if reason.contains("1970-01-01"))
+    );
+    let names: Vec<String> = store
+        .writer
+        .connection
+        .prepare(
+            "SELECT s.index_name FROM lines l JOIN segments s ON s.number = l.segment ORDER BY 1",
+        )
+        .and_then(|mut names| names.query_map([], |row| row.get(0))?.collect())
+        .expect("SQL");
+    assert_eq!(names, ["test", "waybill-default-2026.11.22"]);
 }

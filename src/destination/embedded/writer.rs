@@ -115,9 +115,7 @@ impl Batch<'_> {
                     self.park(segment, &record, read_at, "its checksum in the spool is wrong")?
                 }
                 RecordKind::Line => match frame.day_of(&record) {
-                    Err(outside) => {
-                        self.park(segment, &record, read_at, &outside.to_string())?
-                    }
+                    Err(outside) => self.park(segment, &record, read_at, &outside.to_string())?,
                     Ok(day) => {
                         if day != lines.day {
                             self.close(&lines)?;

@@ -9,6 +9,7 @@ use tracing::{info, warn};
 use super::{End, FINISHED_AFTER, Stream};
 use crate::sender::kept::Kept;
 use crate::sender::origin::Origin;
+use crate::source::files::fingerprint::prefix;
 use crate::state::Entry;
 
 impl Stream {
@@ -70,24 +71,31 @@ impl Stream {
         }
         let Some(kept) = &mut self.kept else { return Ok(()) };
         let complete = kept.copy(&self.context, &mut file.tail, size)?;
-        let from = kept.from();
-        let unmarked: Vec<Entry> = self
+        let (from, until) = (kept.position(), kept.until());
+        let short_of = (!complete).then_some(size);
+        let marked: Vec<Entry> = self
             .segments
-            .iter_mut()
-            .filter(|segment| segment.entry.kept_from.is_none())
-            .map(|segment| {
-                segment.entry.kept_from = Some(from);
-                segment.entry.clone()
+            .iter()
+            .map(|segment| Entry {
+                kept_from: Some(from),
+                kept_short_of: short_of,
+                ..segment.entry.clone()
             })
             .collect();
-        if !unmarked.is_empty() {
-            self.context.state.commit(&unmarked.iter().collect::<Vec<_>>(), &[])?;
-            let path = &unmarked[0].row.path;
-            info!(%path, from, to = size, "deleted before it was receipted: a copy is kept");
-            if !complete {
-                warn!(%path, "the budget for copies is full: the rest is lost if this process ends \
-                    before it is receipted; raise --kept-bytes-max");
-            }
+        if self.segments.iter().zip(&marked).all(|(segment, marked)| segment.entry == *marked) {
+            return Ok(());
+        }
+        self.context.state.commit(&marked.iter().collect::<Vec<_>>(), &[])?;
+        let path = &marked[0].row.path;
+        if self.segments.iter().all(|segment| segment.entry.kept_from.is_none()) {
+            info!(%path, position, size, "deleted before it was receipted: a copy is kept");
+        }
+        if !complete {
+            warn!(%path, from = until, to = size, "the budget for copies is full: these bytes are \
+                lost if this process ends before they are receipted; raise --kept-bytes-max");
+        }
+        for (segment, marked) in self.segments.iter_mut().zip(marked) {
+            segment.entry = marked;
         }
         Ok(())
     }
@@ -107,5 +115,33 @@ impl Stream {
             Some(Origin::Kept(_)) => true,
             _ => false,
         }
+    }
+
+    /// What the copy of a deleted file lacks is lost: the process that could read it ended (I9).
+    pub fn report_short_copy(&self) {
+        let Some(until) = self.kept.as_ref().map(Kept::until) else { return };
+        let short_of = self.segments.iter().filter_map(|s| s.entry.kept_short_of).max();
+        let position = self.segments.front().map_or(0, |segment| segment.window.position());
+        let from = until.max(position);
+        if let Some(to) = short_of.filter(|to| *to > from) {
+            self.report_loss(0, from, to, "the budget for copies of deleted files was full");
+        }
+    }
+
+    /// A file that was empty when its row opened can be recognised by its inode alone, which a
+    /// rotation that compresses does not keep: its first bytes are durable before they are sent.
+    pub(super) async fn learn_first_bytes(&mut self, number: usize) -> io::Result<()> {
+        let Some(Origin::File(file)) = self.origin.as_deref() else { return Ok(()) };
+        let segment = &self.segments[number];
+        if segment.entry.row.first_bytes.length > 0 {
+            return Ok(());
+        }
+        let mut entry = segment.entry.clone();
+        entry.row.first_bytes = prefix(file.first());
+        self.commit(vec![entry.clone()], Vec::new()).await?;
+        let segment = &mut self.segments[number];
+        segment.progress.prefix = entry.row.first_bytes.clone();
+        segment.entry = entry;
+        Ok(())
     }
 }

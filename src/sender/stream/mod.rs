@@ -60,7 +60,7 @@ pub struct Flags {
 pub enum End {
     /// Everything is receipted and nothing more is expected for now. The file is closed.
     Rests,
-    /// The file is gone and everything receipted: the rows are forgotten.
+    /// The file or spool segment is gone and everything receipted.
     Done,
     /// The file is no longer what it was.
     Lost,
@@ -349,11 +349,15 @@ impl Stream {
             _ => None,
         };
         for segment in &mut self.segments {
-            let Some(anchor) = segment.window.take_anchor() else { continue };
-            segment.progress.advance(anchor);
-            if let Some(first) =
-                first.as_ref().filter(|f| f.length > segment.progress.prefix.length)
-            {
+            let anchor = segment.window.take_anchor();
+            let longer = first.as_ref().filter(|f| f.length > segment.progress.prefix.length);
+            if anchor.is_none() && longer.is_none() {
+                continue;
+            }
+            if let Some(anchor) = anchor {
+                segment.progress.advance(anchor);
+            }
+            if let Some(first) = longer {
                 segment.progress.prefix = first.clone();
             }
             segment.progress.seen_ms = super::origin::now_ms();

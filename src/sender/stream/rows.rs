@@ -12,10 +12,10 @@ use tracing::{debug, info, warn};
 use super::{Parts, Segment, Stream, place};
 use crate::record::{Day, Framing, SegmentId, escape_path};
 use crate::sender::link::Link;
-use crate::sender::origin::Origin;
-use crate::sender::rows::{Opening, complete, renew, suits};
+use crate::sender::origin::{Origin, fingerprint_or_short};
+use crate::sender::rows::{Opening, complete, suits};
 use crate::source::files::fingerprint::{fingerprint, prefix};
-use crate::state::{Entry, Progress};
+use crate::state::{Entry, Fingerprint, Progress};
 
 impl Stream {
     /// Makes the rows fit today's file and configuration, durably. Blocking.
@@ -35,13 +35,15 @@ impl Stream {
                 entry.row.end = Some(entry.row.end.map_or(end, |known| known.min(end)));
                 changed.push(entry.clone());
             }
-            if context.state.was_cloned() {
-                dropped.push(entry.row.segment);
-                entry = renew(&entry, progress.position);
-                changed.push(entry.clone());
-            }
             if let Origin::File(file) = &origin {
                 progress.place = place(&file.tail);
+            }
+            if let (Origin::Kept(_), Some(kept)) = (&origin, entry.kept_from) {
+                // The copy lacks what was receipted when it was made, whatever was saved since.
+                let at = kept.min(entry.row.end.unwrap_or(kept));
+                if at > progress.position {
+                    progress.advance(fingerprint_at(&mut origin, at)?);
+                }
             }
             if entry.row.end.is_some_and(|end| progress.position >= end) {
                 dropped.push(entry.row.segment);
@@ -55,6 +57,10 @@ impl Stream {
             }
             segments.push_back(Segment::new(entry, progress, &mut origin)?);
         }
+        let size_seen = match &origin {
+            Origin::File(file) if !file.tail.is_compressed() => Some(file.tail.size()?),
+            _ => None,
+        };
         let mut stream = Stream {
             context,
             attributes,
@@ -65,7 +71,7 @@ impl Stream {
             flags: Arc::default(),
             kept,
             ready: true,
-            size_seen: None,
+            size_seen,
             changed_at: Instant::now(),
             retry_at: None,
             failed: false,
@@ -178,8 +184,7 @@ impl Stream {
         let mut progress = Progress::at_start(&entry.row);
         let segment_before = origin.before(start)?;
         if start > 0 && matches!(origin, Origin::File(_)) {
-            let mark = fingerprint(start, &segment_before);
-            progress.advance(mark);
+            progress.advance(fingerprint(start, &segment_before));
         }
         let mut segment = Segment::new(entry.clone(), progress, origin)?;
         segment.before = segment_before;
@@ -203,7 +208,7 @@ impl Stream {
                 warn!(path = %entry.row.path, "the token is another sender's: what was sent under \
                     the old one and has no receipt is sent anew");
                 dropped.push(segment.id());
-                entry = renew(&entry, segment.window.position());
+                entry = entry.renewed(segment.window.position());
             }
             complete(&mut entry, welcome);
             if entry != segment.entry {
@@ -273,10 +278,25 @@ impl Stream {
         }
     }
 
-    /// Everything of this run is receipted and its bytes are gone: so are its rows.
+    /// Everything of this run is receipted and its bytes are gone. Of a spool, so are its rows;
+    /// those of a file stay, since the same bytes may turn up again, compressed by a rotation.
     pub(super) async fn forget(&mut self) {
-        let ids = self.segments.iter().map(Segment::id).collect();
-        if let Err(error) = self.commit(Vec::new(), ids).await {
+        let is_spool = matches!(self.origin.as_deref(), Some(Origin::Spool { .. }));
+        let (mut freed, mut ids) = (Vec::new(), Vec::new());
+        for segment in &self.segments {
+            match is_spool {
+                true => ids.push(segment.id()),
+                false if segment.entry.kept_from.is_some() => freed.push(Entry {
+                    kept_from: None,
+                    kept_short_of: None,
+                    ..segment.entry.clone()
+                }),
+                false => {}
+            }
+        }
+        if !(freed.is_empty() && ids.is_empty())
+            && let Err(error) = self.commit(freed, ids).await
+        {
             warn!(%error, "the state directory cannot be written: finished rows stay for now");
             return;
         }
@@ -291,4 +311,10 @@ impl Stream {
             warn!(%error, "a finished spool file stays for now");
         }
     }
+}
+
+/// What recognises an offset of a copy; where the copy lacks its bytes, nothing does.
+fn fingerprint_at(origin: &mut Origin, offset: u64) -> io::Result<Fingerprint> {
+    let before = origin.before(offset)?;
+    Ok(fingerprint_or_short(offset, &before))
 }

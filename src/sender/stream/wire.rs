@@ -1,10 +1,12 @@
 //! What a stream says to the receiver, and what it hears: frames out, letters in.
 
 use std::io;
+use std::panic::resume_unwind;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use tokio::sync::SemaphorePermit;
+use tokio::task::JoinError;
 use tracing::{debug, error, warn};
 
 use super::{DISK_RETRY, End, Step, Stream};
@@ -42,6 +44,7 @@ impl Stream {
             from: segment.window.frontier(),
             to: row.end,
             want: segment.want.min(FRAME_BYTES_MAX),
+            frontier: segment.window.frontier(),
             before: segment.before.clone(),
             expect: None,
             framing: row.framing,
@@ -56,7 +59,6 @@ impl Stream {
                 request.want = (to - from) as usize;
                 request.expect = fingerprint;
                 request.resend = true;
-                request.before = Vec::new();
             }
             _ => {
                 let cut = row.cuts.iter().copied().find(|cut| *cut > request.from);
@@ -70,6 +72,11 @@ impl Stream {
         };
         match self.read(request.clone()).await {
             Ok(Read::Framed(framed)) => {
+                if let Err(error) = self.learn_first_bytes(number).await {
+                    warn!(%error, "the state directory cannot be written: nothing is sent before it can");
+                    self.retry_at = Some(Instant::now() + DISK_RETRY);
+                    return Step::Goes;
+                }
                 match credit.split(framed.records.len()) {
                     Some(used) => used.forget(),
                     None => credit.forget(),
@@ -88,6 +95,10 @@ impl Stream {
                 warn!(%path, %error, "cannot be read: it is tried again");
                 self.failed = true;
                 self.retry_at = Some(Instant::now() + DISK_RETRY);
+                if self.context.config.once {
+                    // What was read of it is still receipted; a script must not wait for a person.
+                    self.ready = false;
+                }
                 Step::Goes
             }
         }
@@ -130,11 +141,11 @@ impl Stream {
             let read = origin.read(&request);
             (origin, read)
         });
-        let (origin, read) = match read.await {
+        let (origin, read) = match read.await.map_err(JoinError::try_into_panic) {
             Ok(read) => read,
-            // Without its file this stream can do nothing; whoever started it starts it again.
-            Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-            Err(error) => return Err(io::Error::other(error)),
+            // The origin is gone with the read: the stream ends too, and is started anew.
+            Err(Ok(panic)) => resume_unwind(panic),
+            Err(Err(cancelled)) => return Err(io::Error::other(cancelled)),
         };
         self.origin = Some(origin);
         read
@@ -212,7 +223,7 @@ impl Stream {
         self.note_progress();
     }
 
-    fn report_loss(&self, number: usize, from: u64, to: u64, why: &str) {
+    pub(super) fn report_loss(&self, number: usize, from: u64, to: u64, why: &str) {
         let row = &self.segments[number].entry.row;
         error!(path = %row.path, segment = %row.segment, from, to, bytes = to - from, "lost: {why}");
         self.context.totals.lost_bytes.fetch_add(to - from, Ordering::Relaxed);

@@ -12,7 +12,7 @@ use tracing::debug;
 use uuid::Uuid;
 
 use super::fingerprint::{Match, first_bytes, matches, prefix};
-use super::siblings::{is_sibling, siblings};
+use super::siblings::{is_rotated_name, is_sibling, siblings};
 use super::tail::{Inode, Tail};
 use crate::record::{SegmentId, unescape_path};
 use crate::state::Progress;
@@ -21,13 +21,17 @@ use crate::state::Progress;
 /// that is being made looks like a short file of its own.
 const SETTLED_AFTER: Duration = Duration::from_secs(60);
 
+/// How often siblings are listed anew where they move meanwhile, before it is left to the next
+/// sweep.
+const LISTINGS_MAX: usize = 10;
+
 /// What is known of a run of bytes.
 #[derive(Clone, Debug)]
 pub struct Known {
     /// Identity of the run.
     pub run: Uuid,
-    /// Number of its source in the configuration.
-    pub source: usize,
+    /// Number of its source in the configuration; `None` where that is not there any more.
+    pub source: Option<usize>,
     /// The longest prefix, all fingerprints (newest first) and the last place of its rows.
     pub progress: Progress,
     /// Its first row: of several runs that fit, the oldest wins.
@@ -39,8 +43,23 @@ impl Known {
         unescape_path(&self.progress.place.path)
     }
 
+    fn inode(&self) -> Inode {
+        Inode { device: self.progress.place.device, inode: self.progress.place.inode }
+    }
+
     fn is_at(&self, tail: &Tail) -> bool {
         self.progress.place.inode == tail.inode().inode || self.path() == tail.path()
+    }
+
+    /// Whether its file may be this one: in another source, only the very same file is.
+    fn may_be(&self, found: &Found) -> bool {
+        self.source == Some(found.source) || self.inode() == found.tail.inode()
+    }
+
+    /// When its file was found: its identity was minted with that time.
+    fn found_at(&self) -> Option<SystemTime> {
+        let (seconds, nanoseconds) = self.run.get_timestamp()?.to_unix();
+        Some(SystemTime::UNIX_EPOCH + Duration::new(seconds, nanoseconds))
     }
 }
 
@@ -90,9 +109,6 @@ pub struct Surroundings<'a> {
     pub lost: &'a [Known],
     /// Runs whose file is open.
     pub held: &'a [Known],
-    /// Rotated siblings that changed after this were written in our time; if they are nobody's,
-    /// they are generations that we missed.
-    pub since: SystemTime,
     /// Whether a copy may be given time to become whole.
     pub patient: bool,
     /// Whether the machine went down since positions were saved: only then can a file have lost
@@ -102,7 +118,7 @@ pub struct Surroundings<'a> {
 
 /// Decides over all files found, and over the rotated siblings that this brings into play.
 pub fn recognise(mut found: Vec<Found>, around: Surroundings<'_>) -> io::Result<Vec<Decision>> {
-    add_siblings(&mut found, around)?;
+    add_all_siblings(&mut found, around)?;
     let assigned = assign(&mut found, around);
     let mut decisions = Vec::new();
     let mut new = Vec::new();
@@ -121,7 +137,7 @@ pub fn recognise(mut found: Vec<Found>, around: Surroundings<'_>) -> io::Result<
     // Oldest first: generations are sent in the order in which they were written.
     new.sort_by_key(|(modified, _)| *modified);
     for (modified, found) in new {
-        let ours = found.wanted || modified > around.since;
+        let ours = found.wanted || around.since(found.tail.path()) < Some(modified);
         decisions.push(if ours { Decision::New { found } } else { Decision::Foreign });
     }
     Ok(decisions)
@@ -148,6 +164,9 @@ fn assign(found: &mut [Found], around: Surroundings<'_>) -> Vec<Assigned> {
     let mut fits = Vec::new();
     for (file, found) in found.iter_mut().enumerate() {
         for (run, known) in lost.iter().enumerate() {
+            if !known.may_be(found) {
+                continue;
+            }
             let same_inode = known.progress.place.inode == found.tail.inode().inode;
             let fit = |exact, until| Fit { exact, same_inode, until, file, run };
             match matches(&mut found.tail, &known.progress) {
@@ -180,31 +199,65 @@ fn assign(found: &mut [Found], around: Surroundings<'_>) -> Vec<Assigned> {
     assigned
 }
 
+impl Surroundings<'_> {
+    /// A rotated sibling of this name that nobody knows is a generation that we missed, if it
+    /// changed after this: after the newest generation that we know was found. (Saved times will
+    /// not do: between a save and a crash a generation may come and go.)
+    fn since(&self, path: &Path) -> Option<SystemTime> {
+        let related = |known: &&Known| known.path() == path || are_siblings(&known.path(), path);
+        self.lost.iter().chain(self.held).filter(related).filter_map(Known::found_at).max()
+    }
+}
+
 /// Rotated siblings come into play where a known run's place is taken by a file that nobody knows,
 /// or where its file is gone.
-fn add_siblings(found: &mut Vec<Found>, around: Surroundings<'_>) -> io::Result<()> {
-    let place = |known: &Known| Inode {
-        device: known.progress.place.device,
-        inode: known.progress.place.inode,
-    };
-    let mut inodes: Vec<Inode> = found.iter().map(|found| found.tail.inode()).collect();
-    inodes.extend(around.held.iter().map(place));
+///
+/// A rotation while we look renames a file from a name that we have not opened yet to one that we
+/// have: the names are listed again afterwards, until nothing has moved.
+fn add_all_siblings(found: &mut Vec<Found>, around: Surroundings<'_>) -> io::Result<()> {
     let is_taken = |known: &&Known| found.iter().any(|found| found.tail.path() == known.path());
-    let mut paths: Vec<(PathBuf, usize)> =
-        around.lost.iter().map(|known| (known.path(), known.source)).collect();
-    paths.extend(around.held.iter().filter(is_taken).map(|known| (known.path(), known.source)));
+    let taken = around.held.iter().filter(is_taken);
+    let mut paths: Vec<(PathBuf, usize)> = around
+        .lost
+        .iter()
+        .chain(taken)
+        .filter_map(|known| Some((known.path(), known.source?)))
+        .filter(|(path, _)| path.is_absolute())
+        .collect();
     paths.sort();
     paths.dedup_by(|a, b| a.0 == b.0);
-    for (path, source) in paths.into_iter().filter(|(path, _)| path.is_absolute()) {
-        for sibling in siblings(&path)? {
-            let Ok(tail) = Tail::open(&sibling, false) else { continue };
-            if !inodes.contains(&tail.inode()) {
-                inodes.push(tail.inode());
-                found.push(Found { tail, source, wanted: false });
+    let mut inodes: Vec<Inode> = found.iter().map(|found| found.tail.inode()).collect();
+    inodes.extend(around.held.iter().map(Known::inode));
+    let wanted = found.len();
+    for _ in 0..LISTINGS_MAX {
+        let before = list_siblings(&paths)?;
+        for (path, source, _) in &before {
+            let Ok(tail) = Tail::open(path, false) else { continue };
+            let is_known = found.iter().any(|found| found.tail.inode() == tail.inode());
+            if !is_known && !inodes.contains(&tail.inode()) {
+                found.push(Found { tail, source: *source, wanted: false });
             }
         }
+        if list_siblings(&paths)? == before {
+            return Ok(());
+        }
+        found.truncate(wanted);
     }
-    Ok(())
+    Err(io::Error::other("files are renamed faster than they can be opened"))
+}
+
+/// Siblings of known paths with their sources and inodes.
+fn list_siblings(paths: &[(PathBuf, usize)]) -> io::Result<Vec<(PathBuf, usize, Option<Inode>)>> {
+    let mut listed = Vec::new();
+    for (path, source) in paths {
+        for sibling in siblings(path)? {
+            let inode = sibling.symlink_metadata().ok().as_ref().map(Inode::of);
+            listed.push((sibling, *source, inode));
+        }
+    }
+    listed.sort();
+    listed.dedup_by(|a, b| a.0 == b.0);
+    Ok(listed)
 }
 
 /// Whether a file holds the bytes of a run whose file is open, under a rotated name of it.
@@ -212,13 +265,16 @@ fn is_copy(tail: &mut Tail, around: Surroundings<'_>) -> bool {
     let age =
         tail.modified().ok().and_then(|modified| SystemTime::now().duration_since(modified).ok());
     let in_the_making = around.patient && age.is_none_or(|age| age < SETTLED_AFTER);
-    around.held.iter().any(|known| {
-        if known.progress.prefix.length == 0 || !are_siblings(&known.path(), tail.path()) {
-            return false;
-        }
-        let whole = matches!(matches(tail, &known.progress), Ok(Match::Whole));
-        whole || (in_the_making && may_become(tail, known))
-    })
+    // Rotation copies to a rotated name, never back: what has the plain name is a new generation,
+    // even where its first lines are those of the one before.
+    is_rotated_name(tail.path().as_os_str().as_bytes()).is_some()
+        && around.held.iter().any(|known| {
+            if known.progress.prefix.length == 0 || !are_siblings(&known.path(), tail.path()) {
+                return false;
+            }
+            let whole = matches!(matches(tail, &known.progress), Ok(Match::Whole));
+            whole || (in_the_making && may_become(tail, known))
+        })
 }
 
 /// Whether a file's first bytes, as far as they go, do not contradict those of a run.

@@ -6,7 +6,9 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use rustix::buffer::spare_capacity;
 use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 use thiserror::Error;
 
 use crate::record::Day;
@@ -130,6 +132,30 @@ impl Tail {
                 Ok(read)
             }
         }
+    }
+
+    /// Appends up to `want` (decompressed) bytes at `offset`; fewer only at the end. A large read
+    /// goes into memory that nobody has filled with zeros before.
+    pub fn append_at(&mut self, offset: u64, want: usize, to: &mut Vec<u8>) -> io::Result<()> {
+        let start = to.len();
+        if let Some(decoder) = &mut self.decoder {
+            to.resize(start + want, 0);
+            let read = decoder.read_at(&self.file, offset, &mut to[start..])?;
+            to.truncate(start + read);
+            return Ok(());
+        }
+        to.reserve(want);
+        while to.len() < start + want {
+            let at = offset + (to.len() - start) as u64;
+            match rustix::io::pread(&self.file, spare_capacity(to), at) {
+                Ok(0) => break,
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        // There may have been more room than was asked for.
+        to.truncate(start + want);
+        Ok(())
     }
 
     /// Where its bytes end now. A compressed file does not grow, and its length is known only
@@ -310,6 +336,25 @@ mod tests {
                 return all;
             }
         }
+    }
+
+    #[test]
+    fn appending_reads_what_reading_does() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let path = dir.path().join("log");
+        std::fs::write(&path, b"0123456789").expect("written");
+        let mut tail = Tail::open(&path, false).expect("opened");
+        let mut appended = |offset, want, room| {
+            let mut to = Vec::with_capacity(room);
+            to.push(b'>');
+            tail.append_at(offset, want, &mut to).expect("read");
+            String::from_utf8(to).expect("ASCII")
+        };
+        assert_eq!(appended(2, 3, 4), ">234");
+        assert_eq!(appended(2, 3, 100), ">234", "room is no wish");
+        assert_eq!(appended(8, 5, 1), ">89", "the end");
+        assert_eq!(appended(10, 5, 6), ">");
+        assert_eq!(appended(0, 0, 1), ">");
     }
 
     #[test]

@@ -381,10 +381,15 @@ impl Elasticsearch {
         if status == 404 {
             return 0;
         }
-        let (status, answer) = self.request("GET", &format!("/{pattern}/_count"), &Value::Null);
-        assert_eq!(status, 200, "_count of {pattern}: {answer}");
-        assert_eq!(answer["_shards"]["failed"], 0, "_count of {pattern} missed shards: {answer}");
-        answer["count"].as_u64().expect("a count is a number")
+        let mut count = None;
+        wait_until(&format!("all shards of {pattern} answer"), Duration::from_secs(120), || {
+            // A shard that is about to start answers 503: that is no number.
+            let (status, answer) = self.request("GET", &format!("/{pattern}/_count"), &Value::Null);
+            let whole = status == 200 && answer["_shards"]["failed"] == 0;
+            count = if whole { answer["count"].as_u64() } else { None };
+            count.is_some()
+        });
+        count.expect("the condition came true")
     }
 
     /// The ids of all documents, sorted. Ids repeat where several indices hold them.

@@ -146,6 +146,58 @@ impl Bench {
         hits
     }
 
+    /// Waits until the embedded store holds at least so many lines.
+    #[track_caller]
+    pub fn wait_for_lines(&self, count: usize) {
+        wait_until(&format!("{count} lines are stored"), PATIENCE, || self.stored().len() >= count);
+    }
+
+    /// The embedded store holds exactly these lines, each once.
+    #[track_caller]
+    pub fn assert_lines(&self, expected: impl IntoIterator<Item = String>) {
+        let mut expected: Vec<String> = expected.into_iter().collect();
+        expected.sort();
+        let found = self.messages();
+        if found == expected {
+            return;
+        }
+        let count = |all: &[String]| {
+            let mut counts = std::collections::BTreeMap::<String, i64>::new();
+            all.iter().for_each(|line| *counts.entry(line.clone()).or_default() += 1);
+            counts
+        };
+        let (mut wrong, found_counts) = (count(&expected), count(&found));
+        for (line, times) in found_counts {
+            *wrong.entry(line).or_default() -= times;
+        }
+        wrong.retain(|_, times| *times != 0);
+        let some: Vec<_> = wrong.iter().take(20).collect();
+        panic!(
+            "{} lines stored, {} expected; lost (above 0) or doubled (below): {some:?}",
+            found.len(),
+            expected.len()
+        );
+    }
+
+    /// How long a file is; 0 where it is not there.
+    pub fn size_of(&self, name: &str) -> u64 {
+        self.path(name).metadata().map_or(0, |metadata| metadata.len())
+    }
+
+    /// How many bytes lie below a folder.
+    pub fn bytes_below(&self, name: &str) -> u64 {
+        fn walk(path: &Path) -> u64 {
+            let entries = fs::read_dir(path).into_iter().flatten().flatten();
+            let size = |entry: fs::DirEntry| match entry.metadata() {
+                Ok(metadata) if metadata.is_dir() => walk(&entry.path()),
+                Ok(metadata) => metadata.len(),
+                Err(_) => 0,
+            };
+            entries.map(size).sum()
+        }
+        walk(&self.path(name))
+    }
+
     /// The messages of all lines in the embedded store, sorted.
     pub fn messages(&self) -> Vec<String> {
         let text = |hit: &Value| hit["message"].as_str().unwrap_or_default().to_owned();
@@ -176,14 +228,17 @@ pub struct Process {
     name: String,
     child: Child,
     log: PathBuf,
+    /// Where its own part of the log begins: several processes may write into one, in turn.
+    log_start: usize,
 }
 
 impl Process {
     pub fn start(name: &str, mut command: Command, log: PathBuf) -> Process {
         let file = File::options().create(true).append(true).open(&log).expect("a log");
+        let log_start = file.metadata().expect("a log").len() as usize;
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(file);
         let child = spawn_bound(command).expect("the program starts");
-        Process { name: name.to_owned(), child, log }
+        Process { name: name.to_owned(), child, log, log_start }
     }
 
     pub fn id(&self) -> u32 {
@@ -191,7 +246,8 @@ impl Process {
     }
 
     pub fn log(&self) -> String {
-        fs::read_to_string(&self.log).unwrap_or_default()
+        let text = fs::read(&self.log).unwrap_or_default();
+        String::from_utf8_lossy(text.get(self.log_start..).unwrap_or_default()).into_owned()
     }
 
     #[track_caller]
@@ -298,6 +354,33 @@ pub fn waybill() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_waybill"));
     command.env_remove("JOURNAL_STREAM").env_remove("NOTIFY_SOCKET").env("NO_COLOR", "1");
     command
+}
+
+/// `TAG 0` to `TAG N-1`, as they are stored.
+pub fn numbered(tag: &str, count: usize) -> impl Iterator<Item = String> {
+    (0..count).map(move |number| format!("{tag} {number}"))
+}
+
+/// Numbers from a seed that a failed test prints; `WAYBILL_TEST_SEED` repeats a run.
+pub struct Random(u64);
+
+impl Random {
+    pub fn new() -> Random {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        let seed = std::env::var("WAYBILL_TEST_SEED").ok().and_then(|seed| seed.parse().ok());
+        let seed = seed.unwrap_or(now.expect("after 1970").subsec_nanos().into());
+        println!("WAYBILL_TEST_SEED={seed}");
+        Random(seed)
+    }
+
+    /// From 0 to `below` - 1 (SplitMix64).
+    pub fn below(&mut self, below: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (mixed ^ (mixed >> 31)) % below
+    }
 }
 
 /// `TAG 0` to `TAG N-1`, a line each.

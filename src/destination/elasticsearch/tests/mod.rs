@@ -1,6 +1,7 @@
 //! The whole destination at work: a server that is scripted per test, with real sockets and real
 //! HTTP, and, where one is named, a real Elasticsearch.
 
+mod keyed;
 mod real;
 mod rules;
 

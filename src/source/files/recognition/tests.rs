@@ -45,7 +45,7 @@ impl Folder {
             progress.advance(fingerprint(at as u64, &text[..at]));
         }
         let run = Uuid::now_v7();
-        Known { run, source: 0, progress, opened: SegmentId(run) }
+        Known { run, source: Some(0), progress, opened: SegmentId(run) }
     }
 
     fn decide(&self, names: &[&str], lost: &[Known], held: &[Known]) -> Vec<String> {
@@ -59,8 +59,7 @@ impl Folder {
         held: &[Known],
         rebooted: bool,
     ) -> Vec<String> {
-        let since = SystemTime::UNIX_EPOCH;
-        let around = Surroundings { lost, held, since, patient: false, rebooted };
+        let around = Surroundings { lost, held, patient: false, rebooted };
         let name = |found: &Found| {
             found.tail.path().file_name().expect("a name").to_string_lossy().into_owned()
         };
@@ -86,6 +85,13 @@ impl Folder {
 
 fn lines(tag: &str, count: usize) -> Vec<u8> {
     (0..count).flat_map(|n| format!("{tag} {n}\n").into_bytes()).collect()
+}
+
+/// The identity of a run whose file was found at this time.
+fn found_at(time: SystemTime) -> Uuid {
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).expect("after 1970");
+    let context = uuid::ContextV7::new();
+    Uuid::new_v7(uuid::Timestamp::from_unix(&context, since.as_secs(), since.subsec_nanos()))
 }
 
 fn gzip(text: &[u8]) -> Vec<u8> {
@@ -136,7 +142,8 @@ fn two_rotations_while_down_miss_no_generation() {
     let folder = Folder::new();
     let old = lines("old", 500);
     folder.write("a.log", &old);
-    let lost = [folder.known("a.log", &old, 1000)];
+    let mut lost = [folder.known("a.log", &old, 1000)];
+    lost[0].run = found_at(SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000));
     folder.rename("a.log", "a.log.2");
     folder.write("a.log.1", b"between\n");
     folder.write("a.log", b"new\n");
@@ -152,11 +159,11 @@ fn siblings_from_before_our_time_stay_alone() {
     let old = lines("old", 500);
     folder.write("a.log.1", b"before us\n");
     folder.write("a.log", &old);
-    let lost = [folder.known("a.log", &old, 1000)];
+    let mut lost = [folder.known("a.log", &old, 1000)];
+    lost[0].run = found_at(SystemTime::now() + Duration::from_secs(3600));
     folder.rename("a.log", "a.log.2");
     folder.write("a.log", b"new\n");
-    let since = SystemTime::now() + Duration::from_secs(3600);
-    let around = Surroundings { lost: &lost, held: &[], since, patient: false, rebooted: false };
+    let around = Surroundings { lost: &lost, held: &[], patient: false, rebooted: false };
     let decisions = recognise(folder.found(&["a.log"]), around).expect("readable");
     assert!(decisions.iter().any(|decision| matches!(decision, Decision::Foreign)));
     assert!(
@@ -235,4 +242,31 @@ fn of_several_matches_the_rows_inode_wins() {
         folder.decide(&["a.log.1", "a.log"], &lost, &[]),
         ["a.log continues 0", "a.log.1 is a copy"]
     );
+}
+
+/// A new generation that begins as the one before did is no copy of it, although that one is open
+/// under its rotated name.
+#[test]
+fn a_new_generation_with_equal_first_lines_is_no_copy() {
+    let folder = Folder::new();
+    folder.write("a.log.1", b"started\nfirst\n");
+    folder.write("a.log", b"started\nsecond\n");
+    let mut held = folder.known("a.log.1", b"started\n", 0);
+    held.progress.fingerprints.clear();
+    let held = [held];
+    let around = Surroundings { lost: &[], held: &held, patient: true, rebooted: false };
+    let decisions = recognise(folder.found(&["a.log"]), around).expect("readable");
+    assert!(matches!(decisions[..], [Decision::New { .. }]), "{decisions:?}");
+}
+
+#[test]
+fn the_same_file_in_another_source_goes_on_and_an_equal_one_does_not() {
+    let folder = Folder::new();
+    let text = lines("line", 500);
+    folder.write("a.log", &text);
+    folder.write("b.log", &text);
+    let mut lost = [folder.known("a.log", &text, 1000)];
+    lost[0].source = None;
+    assert_eq!(folder.decide(&["b.log"], &lost, &[]), ["b.log is new"]);
+    assert_eq!(folder.decide(&["a.log"], &lost, &[]), ["a.log continues 0"]);
 }

@@ -1,0 +1,472 @@
+//! Rotation: every way in which a file is taken from under its reader, with the sender up and down.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant, SystemTime};
+
+use serde_json::Value;
+
+use super::files::gzip;
+use super::support::servers::wait_until;
+use super::support::waybill::{Bench, PATIENCE, Random, lines, numbered};
+
+fn rename(bench: &Bench, from: &str, to: &str) {
+    fs::rename(bench.path(from), bench.path(to)).expect("rename");
+}
+
+/// As gzip(1) does it: the archive has the file's time, and appears before the file goes.
+fn compress(bench: &Bench, name: &str) {
+    let text = fs::read(bench.path(name)).expect("read");
+    let modified = bench.path(name).metadata().and_then(|m| m.modified()).expect("a time");
+    let archive = bench.write(&format!("{name}.gz"), gzip(&text));
+    File::options().write(true).open(archive).and_then(|f| f.set_modified(modified)).expect("time");
+    fs::remove_file(bench.path(name)).expect("remove");
+}
+
+/// `app.log` becomes `app.log.1`, that `app.log.2`, and so on.
+fn shift(bench: &Bench) {
+    let mut last = 1;
+    while bench.path(&format!("app.log.{last}")).exists() {
+        last += 1;
+    }
+    for number in (1..last).rev() {
+        rename(bench, &format!("app.log.{number}"), &format!("app.log.{}", number + 1));
+    }
+}
+
+fn copytruncate(bench: &Bench) {
+    shift(bench);
+    fs::copy(bench.path("app.log"), bench.path("app.log.1")).expect("copy");
+    File::options()
+        .write(true)
+        .open(bench.path("app.log"))
+        .and_then(|f| f.set_len(0))
+        .expect("cut");
+}
+
+fn several(tags: &[&str], count: usize) -> impl Iterator<Item = String> {
+    let lines: Vec<String> = tags.iter().flat_map(|tag| numbered(tag, count)).collect();
+    lines.into_iter()
+}
+
+#[test]
+fn renamed_while_written_with_the_sender_up() {
+    for pattern in ["app.log", "app.log*"] {
+        let bench = Bench::new();
+        let receiver = bench.receiver();
+        bench.write("app.log", lines("first", 500));
+        let mut sender = bench.sender(&receiver, &[pattern]);
+        bench.wait_for_lines(500);
+        let mut writer = File::options().append(true).open(bench.path("app.log")).expect("open");
+        rename(&bench, "app.log", "app.log.1");
+        // The writer goes on in the renamed file, before and after its successor is there.
+        writer.write_all(lines("late", 500).as_bytes()).expect("write");
+        bench.write("app.log", lines("second", 500));
+        writer.write_all(lines("later", 500).as_bytes()).expect("write");
+        bench.append("app.log", lines("third", 500));
+        bench.wait_for_lines(2500);
+        assert!(sender.stop().success());
+        bench.send_once(&receiver, &[pattern]).ok();
+        bench.assert_lines(several(&["first", "late", "second", "later", "third"], 500));
+    }
+}
+
+#[test]
+fn renamed_and_compressed_with_the_sender_up() {
+    for pattern in ["app.log", "app.log*"] {
+        let bench = Bench::new();
+        let receiver = bench.receiver();
+        bench.write("app.log", lines("first", 500));
+        let mut sender = bench.sender(&receiver, &[pattern]);
+        bench.wait_for_lines(500);
+        bench.append("app.log", lines("late", 500));
+        rename(&bench, "app.log", "app.log.1");
+        bench.write("app.log", lines("second", 500));
+        compress(&bench, "app.log.1");
+        bench.wait_for_lines(1500);
+        // The archive is met again by this sender and by the next one.
+        bench.append("app.log", lines("third", 500));
+        bench.wait_for_lines(2000);
+        assert!(sender.stop().success());
+        bench.send_once(&receiver, &[pattern]).ok();
+        rename(&bench, "app.log", "app.log.1");
+        rename(&bench, "app.log.1.gz", "app.log.2.gz");
+        bench.write("app.log", lines("fourth", 500));
+        bench.send_once(&receiver, &[pattern]).ok();
+        bench.assert_lines(several(&["first", "late", "second", "third", "fourth"], 500));
+    }
+}
+
+#[test]
+fn two_rotations_with_the_sender_down() {
+    for pattern in ["app.log", "app.log*"] {
+        for compressed in [false, true] {
+            let bench = Bench::new();
+            let receiver = bench.receiver();
+            bench.write("app.log", lines("first", 500));
+            bench.send_once(&receiver, &[pattern]).ok();
+            bench.append("app.log", lines("late", 500));
+            rename(&bench, "app.log", "app.log.1");
+            bench.write("app.log", lines("unseen", 500));
+            shift(&bench);
+            rename(&bench, "app.log", "app.log.1");
+            if compressed {
+                compress(&bench, "app.log.2");
+                compress(&bench, "app.log.1");
+            }
+            bench.write("app.log", lines("now", 500));
+            for _ in 0..2 {
+                bench.send_once(&receiver, &[pattern]).ok();
+            }
+            bench.assert_lines(several(&["first", "late", "unseen", "now"], 500));
+        }
+    }
+}
+
+#[test]
+fn a_generation_that_ended_before_we_came_is_not_sent() {
+    let bench = Bench::new();
+    let receiver = bench.receiver();
+    bench.write("app.log.1", lines("ancient", 500));
+    bench.write("app.log", lines("first", 500));
+    let mut sender = bench.sender(&receiver, &["app.log"]);
+    bench.wait_for_lines(500);
+    shift(&bench);
+    rename(&bench, "app.log", "app.log.1");
+    bench.write("app.log", lines("second", 500));
+    bench.wait_for_lines(1000);
+    assert!(sender.stop().success());
+    bench.assert_lines(several(&["first", "second"], 500));
+}
+
+#[test]
+fn copied_and_truncated_with_the_sender_up() {
+    for pattern in ["app.log", "app.log*"] {
+        let bench = Bench::new();
+        let receiver = bench.receiver();
+        bench.write("app.log", lines("a", 500));
+        let mut sender = bench.sender(&receiver, &[pattern]);
+        bench.wait_for_lines(500);
+        for (number, tag) in ["b", "c", "d", "e"].into_iter().enumerate() {
+            // What was written just now may be found in the copy alone.
+            bench.append("app.log", lines(tag, 500));
+            copytruncate(&bench);
+            bench.append("app.log", format!("first of {number}\n"));
+            bench.wait_for_lines(500 + (number + 1) * 501);
+        }
+        assert!(sender.stop().success());
+        bench.send_once(&receiver, &[pattern]).ok();
+        let firsts = (0..4).map(|number| format!("first of {number}"));
+        bench.assert_lines(several(&["a", "b", "c", "d", "e"], 500).chain(firsts));
+    }
+}
+
+#[test]
+fn copied_and_truncated_with_the_sender_down() {
+    for pattern in ["app.log", "app.log*"] {
+        let bench = Bench::new();
+        let receiver = bench.receiver();
+        bench.write("app.log", lines("first", 500));
+        bench.send_once(&receiver, &[pattern]).ok();
+        bench.append("app.log", lines("late", 500));
+        copytruncate(&bench);
+        // Grown past the old position again.
+        bench.append("app.log", lines("second", 3000));
+        for _ in 0..2 {
+            bench.send_once(&receiver, &[pattern]).ok();
+        }
+        bench.assert_lines(several(&["first", "late"], 500).chain(numbered("second", 3000)));
+    }
+}
+
+#[test]
+fn generations_with_equal_first_lines_are_kept_apart() {
+    let header = |tag: &str| lines("header", 200) + &lines(tag, 300);
+    for down in [false, true] {
+        let bench = Bench::new();
+        let receiver = bench.receiver();
+        bench.write("app.log", header("first"));
+        let mut sender = bench.sender(&receiver, &["app.log*"]);
+        bench.wait_for_lines(500);
+        if down {
+            assert!(sender.stop().success());
+        }
+        for tag in ["second", "third"] {
+            shift(&bench);
+            rename(&bench, "app.log", "app.log.1");
+            bench.write("app.log", header(tag));
+        }
+        if !down {
+            bench.wait_for_lines(1500);
+            assert!(sender.stop().success());
+        }
+        for _ in 0..2 {
+            bench.send_once(&receiver, &["app.log*"]).ok();
+        }
+        let tags = several(&["first", "second", "third"], 300);
+        bench.assert_lines(several(&["header"; 3], 200).chain(tags));
+    }
+}
+
+#[test]
+fn a_new_file_with_an_old_inode_is_read_from_its_start() {
+    let bench = Bench::new();
+    let receiver = bench.receiver();
+    let mut expected = Vec::new();
+    for number in 0..5 {
+        let tag = format!("generation {number}");
+        bench.write("app.log", lines(&tag, 500));
+        bench.send_once(&receiver, &["app.log"]).ok();
+        expected.extend(numbered(&tag, 500));
+        // Most file systems give the number to the next file.
+        fs::remove_file(bench.path("app.log")).expect("remove");
+    }
+    bench.assert_lines(expected);
+}
+
+/// Two files may hold the same lines; while the first is there, the second is another one.
+#[test]
+fn an_equal_file_beside_one_that_rests_is_sent() {
+    let bench = Bench::new();
+    let receiver = bench.receiver();
+    bench.write("logs/a.log", lines("line", 100));
+    bench.send_once(&receiver, &["logs/*.log"]).ok();
+    bench.write("logs/b.log", lines("line", 100));
+    bench.send_once(&receiver, &["logs/*.log"]).ok();
+    bench.append("logs/a.log", "end of a\n");
+    bench.append("logs/b.log", "end of b\n");
+    bench.send_once(&receiver, &["logs/*.log"]).ok();
+    let ends = ["end of a", "end of b"].map(String::from);
+    bench.assert_lines(several(&["line", "line"], 100).chain(ends));
+}
+
+fn set_modified(bench: &Bench, name: &str, time: SystemTime) {
+    let file = File::options().write(true).open(bench.path(name)).expect("open");
+    file.set_modified(time).expect("time");
+}
+
+#[test]
+fn across_midnight_each_line_lies_in_the_index_of_its_day() {
+    const DAY: Duration = Duration::from_secs(24 * 3600);
+    for up in [true, false] {
+        let bench = Bench::new();
+        let receiver = bench.receiver();
+        bench.write("app.log", lines("yesterday", 500));
+        set_modified(&bench, "app.log", SystemTime::now() - DAY);
+        let mut sender = bench.sender(&receiver, &["app.log"]);
+        bench.wait_for_lines(500);
+        if !up {
+            // Whatever stood in the file when its row opened is receipted: a new row opens with
+            // the first line of the new day.
+            assert!(sender.stop().success());
+        }
+        bench.append("app.log", lines("today", 500));
+        if !up {
+            sender = bench.sender(&receiver, &["app.log"]);
+        }
+        bench.wait_for_lines(1000);
+        bench.append("app.log", lines("more", 500));
+        bench.wait_for_lines(1500);
+        assert!(sender.stop().success());
+        bench.assert_lines(several(&["yesterday", "today", "more"], 500));
+        let mut days = std::collections::BTreeMap::<String, Vec<String>>::new();
+        for line in bench.stored() {
+            let text = |value: &serde_json::Value| value.as_str().expect("text").to_owned();
+            days.entry(text(&line["_index"])).or_default().push(text(&line["message"]));
+        }
+        assert_eq!(days.len(), 2, "{:?}", days.keys());
+        let (_, first) = days.first_key_value().expect("two");
+        let (_, second) = days.last_key_value().expect("two");
+        assert!(first.iter().any(|line| line.starts_with("yesterday")));
+        assert!(!second.iter().any(|line| line.starts_with("yesterday")));
+        assert!(!first.iter().any(|line| line.starts_with("more")), "up: {up}");
+        if up {
+            assert!(!first.iter().any(|line| line.starts_with("today")));
+        }
+    }
+}
+
+#[test]
+fn deleted_before_it_was_receipted() {
+    for pattern in ["app.log", "app.log*"] {
+        let bench = Bench::new();
+        let mut receiver = bench.receiver();
+        bench.write("app.log", lines("first", 500));
+        let mut sender = bench.sender(&receiver, &[pattern]);
+        bench.wait_for_lines(500);
+        receiver.stop();
+        bench.append("app.log", lines("second", 30_000));
+        fs::remove_file(bench.path("app.log")).expect("remove");
+        sender.wait_for_log("a copy is kept");
+        sender.kill_hard();
+        assert!(bench.bytes_below("state/kept") > 300_000);
+        sender = bench.sender(&receiver, &[pattern]);
+        receiver.start();
+        bench.wait_for_lines(30_500);
+        wait_until("the copy is removed", PATIENCE, || bench.bytes_below("state/kept") == 0);
+        assert!(sender.stop().success());
+        bench.assert_lines(numbered("first", 500).chain(numbered("second", 30_000)));
+    }
+}
+
+/// The archive of a file whose last lines are sent from their copy is no new file.
+#[test]
+fn compressed_before_it_was_receipted() {
+    for pattern in ["app.log", "app.log*"] {
+        for restarted in [true, false] {
+            let bench = Bench::new();
+            let mut receiver = bench.receiver();
+            bench.write("app.log", lines("first", 500));
+            let mut sender = bench.sender(&receiver, &[pattern]);
+            bench.wait_for_lines(500);
+            receiver.stop();
+            bench.append("app.log", lines("late", 500));
+            rename(&bench, "app.log", "app.log.1");
+            compress(&bench, "app.log.1");
+            sender.wait_for_log("a copy is kept");
+            if restarted {
+                sender.kill_hard();
+                sender = bench.sender(&receiver, &[pattern]);
+            }
+            bench.write("app.log", lines("second", 500));
+            receiver.start();
+            bench.wait_for_lines(1500);
+            assert!(sender.stop().success());
+            for _ in 0..2 {
+                bench.send_once(&receiver, &[pattern]).ok();
+            }
+            bench.assert_lines(several(&["first", "late", "second"], 500));
+        }
+    }
+}
+
+#[test]
+fn what_the_budget_for_copies_cannot_hold_is_reported_as_lost() {
+    let bench = Bench::new();
+    let mut receiver = bench.receiver();
+    receiver.stop();
+    bench.write("app.log", lines("line", 100_000));
+    let arguments = ["app.log", "--kept-bytes-max", "200KiB"];
+    let mut sender = bench.sender(&receiver, &arguments);
+    sender.wait_for_log("following");
+    fs::remove_file(bench.path("app.log")).expect("remove");
+    sender.wait_for_log("the budget for copies is full");
+    sender.kill_hard();
+    sender = bench.sender(&receiver, &arguments);
+    receiver.start();
+    sender.wait_for_log("lost: the budget for copies of deleted files was full");
+    let size = lines("line", 100_000).len();
+    sender.wait_for_log(&format!("from={} to={size} bytes={}", 200 << 10, size - (200 << 10)));
+    let whole = lines("line", 100_000)[..200 << 10].matches('\n').count();
+    bench.wait_for_lines(whole);
+    wait_until("the copy is removed", PATIENCE, || bench.bytes_below("state/kept") == 0);
+    assert!(sender.stop().success());
+    let found = bench.messages();
+    assert!(numbered("line", whole).all(|line| found.binary_search(&line).is_ok()));
+}
+
+#[test]
+fn truncated_before_it_was_receipted_is_a_reported_loss() {
+    let bench = Bench::new();
+    let mut receiver = bench.receiver();
+    bench.write("app.log", lines("first", 500));
+    bench.send_once(&receiver, &["app.log"]).ok();
+    receiver.stop();
+    bench.append("app.log", lines("second", 500));
+    let from = lines("first", 500).len();
+    let to = from + lines("second", 500).len();
+    let mut sender = bench.sender(&receiver, &["app.log"]);
+    sender.wait_for_log("following");
+    bench.write("app.log", "third\n");
+    sender.wait_for_log("lost: the file was truncated");
+    sender.wait_for_log(&format!("from={from} to={to} bytes={}", to - from));
+    receiver.start();
+    bench.wait_for_lines(501);
+    assert!(sender.stop().success());
+    bench.assert_lines(numbered("first", 500).chain(["third".to_owned()]));
+}
+
+/// Makes saved positions those of another boot of the machine: only then can a file have lost its
+/// tail.
+fn another_boot(positions: &Path) {
+    let text = std::fs::read_to_string(positions).expect("positions");
+    let mut content: Value = serde_json::from_str(&text[9..]).expect("a checksum and JSON");
+    assert!(content["boot"].is_string());
+    content["boot"] = "another".into();
+    let json = content.to_string();
+    let text = format!("{:08x} {json}", crc32c::crc32c(json.as_bytes()));
+    std::fs::write(positions, text).expect("write");
+}
+
+#[test]
+fn a_tail_lost_in_a_power_cut_loses_no_later_line() {
+    let bench = Bench::new();
+    let receiver = bench.receiver();
+    let text = lines("line", 100_000);
+    bench.write("app.log", &text);
+    bench.send_once(&receiver, &["app.log"]).ok();
+    another_boot(&bench.path("state/positions"));
+    // Not at the end of a line, and new lines after it.
+    let file = File::options().write(true).open(bench.path("app.log")).expect("open");
+    file.set_len(text.len() as u64 - 10_003).expect("cut");
+    bench.append("app.log", lines("after", 500));
+    let finished = bench.send_once(&receiver, &["app.log"]).ok();
+    assert!(finished.stderr.contains("the file lost its end"), "{}", finished.stderr);
+    let found = bench.messages();
+    for line in numbered("line", 100_000).chain(numbered("after", 500).skip(1)) {
+        assert!(found.binary_search(&line).is_ok(), "{line} is lost");
+    }
+    // Only what lay behind the newest fingerprint that still fits is there twice.
+    assert!(found.len() < 150_000, "{} lines", found.len());
+}
+
+/// Writers, rotation and crashes at once: each line is there, and once.
+#[test]
+fn rotated_each_200_ms_under_load_while_the_sender_is_killed() {
+    let bench = Bench::new();
+    let receiver = bench.receiver();
+    let mut random = Random::new();
+    let (done, written) = (AtomicBool::new(false), std::sync::Mutex::new(0_usize));
+    bench.write("app.log", "");
+    let mut sender = bench.sender(&receiver, &["app.log"]);
+    sender.wait_for_log("following");
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let started = Instant::now();
+            let mut number = 0;
+            for generation in 1.. {
+                let mut file = File::options()
+                    .append(true)
+                    .create(true)
+                    .open(bench.path("app.log"))
+                    .expect("open");
+                while started.elapsed() < Duration::from_millis(200) * generation {
+                    let text: String =
+                        (number..number + 20).map(|n| format!("line {n}\n")).collect();
+                    file.write_all(text.as_bytes()).expect("write");
+                    number += 20;
+                    std::thread::sleep(Duration::from_millis(3));
+                }
+                if generation == 25 {
+                    break;
+                }
+                shift(&bench);
+                rename(&bench, "app.log", "app.log.1");
+            }
+            *written.lock().expect("lock") = number;
+            done.store(true, Ordering::SeqCst);
+        });
+        while !done.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(100 + random.below(900)));
+            sender.kill_hard();
+            sender = bench.sender(&receiver, &["app.log"]);
+        }
+    });
+    let written = *written.lock().expect("lock");
+    bench.wait_for_lines(written);
+    assert!(sender.stop().success());
+    bench.send_once(&receiver, &["app.log"]).ok();
+    bench.assert_lines(numbered("line", written));
+}
