@@ -141,7 +141,7 @@ impl Follower {
         let mut hints = Hints::new();
         let once = self.context.config.once;
         let mut patient = true;
-        loop {
+        while !self.context.stopping.is_cancelled() {
             let new = block_in_place(|| self.sweep(&mut hints, patient));
             if once && self.tasks.is_empty() && new == 0 {
                 if !patient {

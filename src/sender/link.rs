@@ -193,6 +193,12 @@ impl LinkError {
         }
     }
 
+    /// Whether a script had better hear of it than wait: what answers there is no receiver.
+    fn ends_once(&self) -> bool {
+        let elsewhere = matches!(self, LinkError::Connect(ConnectError::NotWaybill { .. }));
+        elsewhere || self.needs_a_person()
+    }
+
     fn retry_after(&self) -> Option<Duration> {
         match self {
             LinkError::Connect(ConnectError::Refused { retry_after, .. }) => *retry_after,
@@ -262,10 +268,10 @@ impl Dialler {
                     }
                 }
                 Err(error) => {
-                    let slowly = error.needs_a_person();
-                    if slowly && self.config.once {
+                    if self.config.once && error.ends_once() {
                         return Err(error);
                     }
+                    let slowly = error.needs_a_person();
                     let delay = match error.retry_after() {
                         Some(delay) => delay.min(RETRY_SLOWLY.1),
                         None if slowly => retry_slowly.delay(),
@@ -274,7 +280,8 @@ impl Dialler {
                     failures += 1;
                     // The first failures at once, lasting ones now and then.
                     if slowly || failures.is_power_of_two() {
-                        warn!(receiver = %endpoint.url, retry_in = ?delay, "{error}");
+                        let retry_in = Duration::from_millis(delay.as_millis() as u64);
+                        warn!(receiver = %endpoint.url, ?retry_in, "{error}");
                     }
                     delay
                 }

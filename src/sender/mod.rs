@@ -42,6 +42,9 @@ use window::Counted;
 /// How often positions are made durable.
 const SAVE_INTERVAL: Duration = Duration::from_secs(1);
 
+/// How often it is said that they cannot be saved.
+const UNSAVED_INTERVAL: Duration = Duration::from_secs(30);
+
 /// How often the same deferral is logged.
 const DEFERRAL_INTERVAL: Duration = Duration::from_secs(30);
 
@@ -248,6 +251,7 @@ pub async fn run(config: SendConfig, shutdown: Shutdown) -> Result<Summary, Send
     let saver = Saver {
         context: context.clone(),
         spools: spooled.iter().map(SpoolSource::spool).collect(),
+        said: Mutex::default(),
     };
     let complete = drive(&context, &sources, spooled, dialler, &saver).await;
     ending.cancel();
@@ -339,6 +343,8 @@ async fn drive(
 struct Saver {
     context: Arc<Context>,
     spools: Vec<Arc<Spool>>,
+    /// When a failure was said last.
+    said: Mutex<Option<Instant>>,
 }
 
 impl Saver {
@@ -359,7 +365,10 @@ impl Saver {
         let saved: io::Result<()> = tokio::task::spawn_blocking(save)
             .await
             .unwrap_or_else(|error| Err(io::Error::other(error)));
-        if let Err(error) = saved {
+        let Err(error) = saved else { return };
+        let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        if said.is_none_or(|at| at.elapsed() >= UNSAVED_INTERVAL) {
+            *said = Some(Instant::now());
             warn!(%error, "positions cannot be saved: after a crash, lines are sent again; free \
                 some space in the state directory");
         }

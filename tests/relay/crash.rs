@@ -29,10 +29,7 @@ fn the_sender_is_killed_again_and_again() {
     bench.write("app.log", lines("line", LINES));
     for _ in 0..10 {
         let mut sender = bench.sender(&receiver, &["app.log"]);
-        let before = sender.log().matches(" connected").count();
-        wait_until("the sender follows", PATIENCE, || {
-            sender.log().matches(" following").count() > before
-        });
+        sender.wait_for_log(" following");
         std::thread::sleep(Duration::from_millis(random.below(300)));
         sender.kill_hard();
     }

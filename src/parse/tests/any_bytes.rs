@@ -1,4 +1,4 @@
-//! What must hold whatever the bytes are, and how long it takes.
+//! What must hold whatever the bytes are.
 
 use proptest::prelude::*;
 
@@ -141,36 +141,5 @@ proptest! {
                 prop_assert!(made["message"].is_string());
             }
         }
-    }
-}
-
-/// Nanoseconds per line: `cargo test --release --lib parse_speed -- --ignored --nocapture`.
-#[test]
-#[ignore = "measures, promises nothing"]
-fn parse_speed() {
-    let plain = "The quick brown fox jumps over the lazy dog while reading log lines. ".repeat(3);
-    let nginx = NGINX.replace("\\\"quoted\\\"", "Linux x86_64");
-    for (name, line) in [
-        ("raw, 200 bytes", plain[..200].to_owned()),
-        ("nginx JSON", nginx.clone()),
-        ("RFC 3164", format!("<30>Nov 21 07:17:01 db1 sshd[4242]: {}", &plain[..160])),
-        ("nginx JSON over RFC 3164", format!("<190>Nov 21 07:17:01 nginx: {nginx}")),
-        ("RFC 5424", format!("<30>1 2026-11-21T07:17:01.123Z db1 sshd 4242 - - {}", &plain[..160])),
-        ("combined", r#"198.51.100.9 - - [21/Nov/2026:08:17:01 +0100] "GET /x?y=1 HTTP/1.1" 200 153 "https://example.org/" "Mozilla/5.0 (X11; Linux x86_64; rv:128.0) Gecko/20100101 Firefox/128.0""#.to_owned()),
-    ] {
-        let segment = segment(row(Format::Auto));
-        let times = FrameTimes::new(READ_AT, READ_AT);
-        let mut out = Vec::with_capacity(8 << 20);
-        let mut best = f64::INFINITY;
-        for _ in 0..20 {
-            out.clear();
-            let started = std::time::Instant::now();
-            for _ in 0..5000 {
-                segment.write_document(&record(line.as_bytes()), &times, Form::Full, &mut out);
-                out.push(b'\n');
-            }
-            best = best.min(started.elapsed().as_secs_f64() * 1e9 / 5000.0);
-        }
-        println!("{name}: {} bytes, {} out, {best:.0} ns", line.len(), out.len() / 5000);
     }
 }

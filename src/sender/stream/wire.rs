@@ -301,8 +301,7 @@ impl Stream {
         let Some(segment) = self.segments.iter_mut().find(|s| s.handle == handle) else { return };
         if !segment.refused {
             error!(path = %segment.entry.row.path, segment = %segment.entry.row.segment,
-                code = ?refused.code, "the receiver refuses these lines: {}",
-                refused.reason.escape_debug());
+                code = ?refused.code, "the receiver refuses these lines: {}", refused.reason);
         }
         // Its frames are dropped unread: their credit comes back.
         let (credit, frames) = segment.window.outstanding();
