@@ -58,7 +58,7 @@ fn short_frames_are_sent_again_when_the_receiver_dies() {
 /// Sender, receiver and Elasticsearch are killed at random instants within one run.
 #[test]
 fn twenty_kills_of_sender_receiver_and_elasticsearch() {
-    const LINES: usize = 200_000;
+    const LINES: usize = 1_000_000;
     const KILLS: usize = 20;
     let Some(elasticsearch) = Elasticsearch::start("8.17") else { return };
     let bench = Bench::new();
