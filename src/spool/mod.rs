@@ -307,7 +307,7 @@ impl Spool {
     }
 
     /// Gives back what lies below `position`, which must be durable already (I2): whole files
-    /// below it are unlinked. Blocking.
+    /// below it are unlinked, durably. Blocking.
     ///
     /// # Errors
     ///
@@ -325,7 +325,12 @@ impl Spool {
             }
             table.covered(&self.shared.dir, segment)
         };
-        paths.iter().try_for_each(|path| files::remove(path))
+        if paths.is_empty() {
+            return Ok(());
+        }
+        paths.iter().try_for_each(|path| files::remove(path))?;
+        // Before anybody forgets their rows: a power cut would bring the files back.
+        files::sync_directory(&self.shared.dir)
     }
 
     async fn when_room(&self, bytes: u64, mut attempt: impl FnMut() -> bool) {

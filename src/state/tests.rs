@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use super::*;
 use crate::record::{Day, Format, Framing, Prefix};
 
-fn entry(path: &str) -> Entry {
+/// A row of a file.
+pub(crate) fn entry(path: &str) -> Entry {
     let row = Row {
         segment: SegmentId::mint(),
         source: "test".to_owned(),

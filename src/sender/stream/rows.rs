@@ -15,7 +15,8 @@ use crate::sender::link::Link;
 use crate::sender::origin::{Origin, fingerprint_or_short};
 use crate::sender::rows::{Opening, complete, suits};
 use crate::source::files::fingerprint::{fingerprint, prefix};
-use crate::state::{Entry, Fingerprint, Progress};
+use crate::spool::Spool;
+use crate::state::{Entry, Fingerprint, Progress, State};
 
 impl Stream {
     /// Makes the rows fit today's file and configuration, durably. Blocking.
@@ -281,21 +282,27 @@ impl Stream {
     /// Everything of this run is receipted and its bytes are gone. Of a spool, so are its rows;
     /// those of a file stay, since the same bytes may turn up again, compressed by a rotation.
     pub(super) async fn forget(&mut self) {
-        let is_spool = matches!(self.origin.as_deref(), Some(Origin::Spool { .. }));
-        let (mut freed, mut ids) = (Vec::new(), Vec::new());
-        for segment in &self.segments {
-            match is_spool {
-                true => ids.push(segment.id()),
-                false if segment.entry.kept_from.is_some() => freed.push(Entry {
-                    kept_from: None,
-                    kept_short_of: None,
-                    ..segment.entry.clone()
-                }),
-                false => {}
+        if let Some(Origin::Spool { spool, segment }) = self.origin.as_deref() {
+            let (spool, segment) = (spool.clone(), *segment);
+            let rows = self.segments.iter().map(Segment::id).collect();
+            let state = self.context.state.clone();
+            let forget = move || forget_spooled(&state, &spool, segment, rows);
+            let forgotten = tokio::task::spawn_blocking(forget).await;
+            if let Err(error) = forgotten.unwrap_or_else(|error| Err(io::Error::other(error))) {
+                warn!(%error, "a finished spool file and its rows stay for now");
             }
+            return;
         }
-        if !(freed.is_empty() && ids.is_empty())
-            && let Err(error) = self.commit(freed, ids).await
+        let kept = self.segments.iter().filter(|segment| segment.entry.kept_from.is_some());
+        let freed: Vec<Entry> = kept
+            .map(|segment| Entry {
+                kept_from: None,
+                kept_short_of: None,
+                ..segment.entry.clone()
+            })
+            .collect();
+        if !freed.is_empty()
+            && let Err(error) = self.commit(freed, Vec::new()).await
         {
             warn!(%error, "the state directory cannot be written: finished rows stay for now");
             return;
@@ -305,16 +312,62 @@ impl Stream {
         {
             warn!(%error, "the copy of a deleted file stays for now");
         }
-        if let Some(Origin::Spool { spool, segment }) = self.origin.as_deref()
-            && let Err(error) = spool.release(*segment, u64::MAX)
-        {
-            warn!(%error, "a finished spool file stays for now");
-        }
     }
+}
+
+/// Positions first, then the bytes, then the rows: a spool file that a crash leaves without its
+/// rows would be sent again under new ids (I3), and one that is gone before its position is
+/// durable would be reported as a loss. Rows without bytes are forgotten at the next start.
+fn forget_spooled(
+    state: &State,
+    spool: &Spool,
+    segment: SegmentId,
+    rows: Vec<SegmentId>,
+) -> io::Result<()> {
+    state.save()?;
+    spool.release(segment, u64::MAX)?;
+    state.commit(&[], &rows)
 }
 
 /// What recognises an offset of a copy; where the copy lacks its bytes, nothing does.
 fn fingerprint_at(origin: &mut Origin, offset: u64) -> io::Result<Fingerprint> {
     let before = origin.before(offset)?;
     Ok(fingerprint_or_short(offset, &before))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::spool::Budget;
+    use crate::state::tests::entry;
+
+    /// A crash between the two steps must find the rows where it finds the bytes.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn rows_are_forgotten_after_their_spool_file_is_gone() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let state = State::open(&dir.path().join("state"), "machine").expect("state");
+        let folder = dir.path().join("spool");
+        let spool = Spool::open(&folder, Arc::new(Budget::new(1 << 20))).expect("spool");
+        spool.append(0, b"", b"line").await;
+        spool.flush().await.expect("synced");
+        let segment = spool.watermark().segment;
+        spool.end_segment();
+        let mut mark = spool.subscribe();
+        mark.wait_for(|mark| mark.segment != segment).await.expect("ended");
+        let mut row = entry("");
+        row.row.segment = segment;
+        state.commit(&[&row], &[]).expect("commit");
+
+        // Something that cannot be unlinked stands in the file's place.
+        let file = fs::read_dir(&folder).expect("list").next().expect("one").expect("entry").path();
+        fs::rename(&file, dir.path().join("aside")).expect("rename");
+        fs::create_dir(&file).expect("a folder");
+        forget_spooled(&state, &spool, segment, vec![segment]).expect_err("cannot unlink");
+        assert_eq!(state.entries().len(), 1, "its rows stay");
+        fs::remove_dir(&file).expect("remove");
+        forget_spooled(&state, &spool, segment, vec![segment]).expect("forgotten");
+        assert!(state.entries().is_empty());
+    }
 }
