@@ -295,11 +295,7 @@ impl Stream {
         }
         let kept = self.segments.iter().filter(|segment| segment.entry.kept_from.is_some());
         let freed: Vec<Entry> = kept
-            .map(|segment| Entry {
-                kept_from: None,
-                kept_short_of: None,
-                ..segment.entry.clone()
-            })
+            .map(|segment| Entry { kept_from: None, kept_short_of: None, ..segment.entry.clone() })
             .collect();
         if !freed.is_empty()
             && let Err(error) = self.commit(freed, Vec::new()).await
