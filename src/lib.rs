@@ -54,6 +54,7 @@ pub mod search;
 pub mod source;
 pub mod spool;
 pub mod state;
+pub mod tokens;
 pub mod transport;
 
 pub mod receiver;

@@ -59,8 +59,8 @@ mod tests {
 
     use super::*;
     use crate::config::{DestinationConfig, EmbeddedConfig};
-    use crate::receiver::tokens;
     use crate::record::IndexRule;
+    use crate::tokens;
 
     fn config(dir: &tempfile::TempDir) -> ReceiveConfig {
         ReceiveConfig {

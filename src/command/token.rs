@@ -5,8 +5,8 @@ use std::path::Path;
 
 use jiff::Timestamp;
 
-use crate::receiver::tokens::{self, Tokens};
 use crate::record::TypeName;
+use crate::tokens::{self, Tokens};
 
 /// What to do with a tokens file.
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -19,6 +19,7 @@ use super::{CLOSE_TIMEOUT, Receiver};
 use crate::destination::{Frame, Inbox, Reply};
 use crate::protocol::{Control, Drain, Receipt, Run, Verdict};
 use crate::record::Day;
+use crate::tokens::Tokens;
 use crate::transport::{
     Beat, Heartbeat, Incoming, Outgoing, Socket, SocketError, SocketReceiver, SocketSender, close,
 };
@@ -160,7 +161,7 @@ struct Connection {
     receiver: Arc<Receiver>,
     accepted: Accepted,
     session: Session,
-    tokens: tokio::sync::watch::Receiver<Arc<super::Tokens>>,
+    tokens: tokio::sync::watch::Receiver<Arc<Tokens>>,
     incoming: SocketReceiver,
     heartbeat: Heartbeat,
     inbox: Arc<Inbox>,

@@ -10,9 +10,9 @@ use uuid::Uuid;
 
 use super::Receiver;
 use super::session::Sender;
-use super::tokens::{self, Entry, TokenHash};
 use crate::protocol::SUBPROTOCOL;
 use crate::record::SenderId;
+use crate::tokens::{self, Entry, TokenHash};
 use crate::transport::{Answer, Peer, Refuse, Request};
 
 /// How many connections one sender may have.

@@ -9,8 +9,6 @@ mod gate;
 mod health;
 mod outstanding;
 mod session;
-pub mod tokens;
-mod watch;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -27,11 +25,11 @@ use crate::config::ReceiveConfig;
 use crate::destination::{Destination, Queue};
 use crate::protocol::FRAME_BYTES_MAX;
 use crate::shutdown::Shutdown;
+use crate::tokens::{self, Tokens, TokensError};
 use crate::transport::{Answer, Handler, Listener, Request, Socket};
 use gate::{Instances, Slots};
 use health::Health;
 use session::Terms;
-use tokens::{Tokens, TokensError};
 
 /// How long a sender has for its `hello`.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
@@ -99,7 +97,7 @@ impl Receiver {
             shutdown,
             drain_timeout: config.drain_timeout,
             hello_timeout: HELLO_TIMEOUT,
-            tokens_interval: watch::INTERVAL,
+            tokens_interval: tokens::watch::INTERVAL,
         })
     }
 
@@ -109,7 +107,7 @@ impl Receiver {
         let receiver = Arc::new(self);
         let stop = CancellationToken::new();
         let tasks = TaskTracker::new();
-        tasks.spawn(watch::run(
+        tasks.spawn(tokens::watch::run(
             receiver.tokens_file.clone(),
             receiver.tokens_changed.clone(),
             receiver.tokens_interval,

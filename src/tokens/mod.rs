@@ -1,7 +1,10 @@
-//! The tokens file: who may send. Written by `waybill token`, read by `waybill receive`.
+//! The tokens file: who may enter. Written by `waybill token`, read by the side that listens; a
+//! receiver that dials takes a sender's id from it.
 //!
 //! It holds hashes only, so a copy of it lets nobody in. It is replaced as a whole and durably:
 //! whoever reads it meets the old one or the new one.
+
+pub mod watch;
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -27,25 +30,25 @@ const TOKEN_PREFIX: &str = "wb_";
 const FILE_MODE: u32 = 0o600;
 
 const HEADER: &str = "\
-# Who may send to this receiver. `waybill token NAME --tokens FILE` adds an entry, and rewrites this
-# file. Edits by hand are taken over within seconds; comments are lost at the next rewrite.
+# Who may enter here, and a receiver's senders. `waybill token NAME --tokens FILE` adds an entry, and
+# rewrites this file. Edits by hand are taken over within seconds; comments are lost at the next rewrite.
 ";
 
 /// SHA-256 of a token.
 pub type TokenHash = [u8; 32];
 
-/// One sender's entry.
+/// The entry of one sender, or of one receiver that dials a sender.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Entry {
     /// Unique in the file; may be changed at will.
     pub name: String,
-    /// Minted with the first token; never changes, because document ids depend on it.
+    /// Minted with the first token; never changes, because document ids depend on a sender's.
     pub id: SenderId,
     /// SHA-256 of the token in lower-case hexadecimal.
     #[serde(with = "hexadecimal")]
     pub sha256: TokenHash,
-    /// Types that the sender may use; where missing, [`DEFAULT_TYPES`].
+    /// Types that a sender may use; where missing, [`DEFAULT_TYPES`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub types: Option<Vec<TypeName>>,
     /// When the token was minted.
@@ -170,6 +173,11 @@ impl Tokens {
             }
         }
         found.filter(|entry| entry.is_valid(now))
+    }
+
+    /// The valid entry of this name.
+    pub fn named(&self, name: &str, now: Timestamp) -> Option<&Entry> {
+        self.entries.iter().find(|entry| entry.name == name).filter(|entry| entry.is_valid(now))
     }
 
     /// When the next valid token expires.

@@ -10,10 +10,10 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
-use super::tokens::Tokens;
+use super::Tokens;
 
 /// How often the file is looked at.
-pub(super) const INTERVAL: Duration = Duration::from_secs(1);
+pub const INTERVAL: Duration = Duration::from_secs(1);
 
 /// What changes with every replacement and every edit in place.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -38,7 +38,7 @@ impl Stamp {
 
 /// Looks at the file until `stop`. A broken or missing file keeps the entries known before.
 /// Subscribers are woken by a change, and when a token expires.
-pub(super) async fn run(
+pub async fn run(
     file: PathBuf,
     tokens: watch::Sender<Arc<Tokens>>,
     interval: Duration,
@@ -87,7 +87,7 @@ fn reload(file: &Path, tokens: &watch::Sender<Arc<Tokens>>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::receiver::tokens::{hash, mint};
+    use crate::tokens::{hash, mint};
 
     #[test]
     fn a_broken_or_missing_file_keeps_the_entries_known_before() {
