@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::{Elasticsearch, Logging, Receive, Send};
 use crate::config::{
-    At, ConfigError, ElasticsearchLayer, Environment, Listen, LogLayer, Place, Problem,
+    At, ConfigError, DialLayer, ElasticsearchLayer, Environment, Listen, LogLayer, Place, Problem,
     ReceiptsTarget, ReceiveLayer, SendLayer, SourceLayer, SourceSettings, StoreLayer,
     SyslogSettings, TypedInput, file_argument,
 };
@@ -22,6 +22,13 @@ fn flags<T>(name: &'static str, values: Vec<T>) -> Vec<At<T>> {
 /// A switch that was not given leaves the file's value alone.
 fn switch(name: &'static str, given: bool) -> Option<At<bool>> {
     given.then(|| At::flag(name, true))
+}
+
+fn absolute(listen: Listen, base: &Path) -> Listen {
+    match listen {
+        Listen::Unix(path) => Listen::Unix(base.join(path)),
+        tcp @ Listen::Tcp(_) => tcp,
+    }
 }
 
 impl Logging {
@@ -104,6 +111,11 @@ impl Send {
             to: flags("--to", self.to),
             token_file: flag("--token-file", self.token_file.map(|path| base.join(path))),
             ca: flag("--ca", self.ca.map(|path| base.join(path))),
+            idle_close: None,
+            listen: flag("--listen", self.listen.map(|listen| absolute(listen, base))),
+            tls_cert: flag("--tls-cert", self.tls_cert.map(|path| base.join(path))),
+            tls_key: flag("--tls-key", self.tls_key.map(|path| base.join(path))),
+            tokens: flag("--tokens", self.tokens.map(|path| base.join(path))),
             state_dir: flag("--state-dir", self.state_dir.map(|path| base.join(path))),
             sources: inputs
                 .into_iter()
@@ -120,7 +132,6 @@ impl Send {
             once: self.once,
             receipts: flag("--receipts", receipts),
             compress: switch("--compress", self.compress),
-            idle_close: None,
             drain_timeout: flag("--drain-timeout", self.drain_timeout),
             spool_bytes_max: flag("--spool-bytes-max", self.spool_bytes_max),
             kept_bytes_max: flag("--kept-bytes-max", self.kept_bytes_max),
@@ -148,14 +159,14 @@ impl Receive {
     /// The layer of these flags.
     pub fn layer(self, environment: &Environment) -> ReceiveLayer {
         let base = &environment.current_dir;
-        let listen = self.listen.map(|listen| match listen {
-            Listen::Unix(path) => Listen::Unix(base.join(path)),
-            tcp @ Listen::Tcp(_) => tcp,
-        });
+        let dials = self.dial.into_iter();
         ReceiveLayer {
-            listen: flag("--listen", listen),
+            listen: flag("--listen", self.listen.map(|listen| absolute(listen, base))),
             tls_cert: flag("--tls-cert", self.tls_cert.map(|path| base.join(path))),
             tls_key: flag("--tls-key", self.tls_key.map(|path| base.join(path))),
+            dials: dials.map(|(sender, url)| DialLayer::flag(sender, url)).collect(),
+            token_file: flag("--token-file", self.token_file.map(|path| base.join(path))),
+            ca: flag("--ca", self.ca.map(|path| base.join(path))),
             tokens: flag("--tokens", self.tokens.map(|path| base.join(path))),
             elasticsearch: ElasticsearchLayer {
                 dead_letter_index: flag("--dead-letter-index", self.dead_letter_index),

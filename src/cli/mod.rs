@@ -87,6 +87,11 @@ Examples:
     waybill send '/var/log/app.log*' --once --receipts receipts.jsonl \\
       --to wss://logs.example.com/ --token-file /etc/waybill/token
 
+  The receiver is in a private network and dials (see 'waybill receive --help'):
+    waybill token central --tokens /etc/waybill/receivers.toml > token-for-the-receiver
+    waybill send /var/log/app.log --listen 0.0.0.0:8443 --tls-cert chain.pem --tls-key key.pem \\
+      --tokens /etc/waybill/receivers.toml
+
   Everything in a file, as the packaged service does:
     waybill send --config /etc/waybill/sender.toml
 
@@ -115,6 +120,20 @@ pub struct Send {
     /// can be read on the way
     #[arg(long, help_heading = "Receiver")]
     pub insecure_plaintext: bool,
+
+    /// Where the receiver connects, instead of --to: for one in a private network ('--dial' there)
+    #[arg(long, value_name = "HOST:PORT|unix:PATH", value_parser = value::listen, conflicts_with = "to", help_heading = "Receiver that dials")]
+    pub listen: Option<Listen>,
+    /// PEM file with the certificate chain, by which the receiver knows this sender
+    #[arg(long, value_name = "PEM", help_heading = "Receiver that dials")]
+    pub tls_cert: Option<PathBuf>,
+    /// PEM file with its key
+    #[arg(long, value_name = "PEM", help_heading = "Receiver that dials")]
+    pub tls_key: Option<PathBuf>,
+    /// Tokens of receivers that may take the lines, as 'waybill token' writes them; read anew when
+    /// it changes
+    #[arg(long, value_name = "FILE", help_heading = "Receiver that dials")]
+    pub tokens: Option<PathBuf>,
 
     /// Unix datagram socket to make and read, as nginx's syslog:server=unix: wants it
     #[arg(long, value_name = "PATH", help_heading = "Sources")]
@@ -233,12 +252,18 @@ Examples:
       --elasticsearch https://es-1:9200 --elasticsearch https://es-2:9200 \\
       --api-key-file /etc/waybill/api-key
 
+  In a private network: dial the senders, which '--listen'. The entry of each gives it its identity;
+  its token is not used. The token to present was made at the sender:
+    waybill token web-1 --tokens /etc/waybill/tokens.toml > /dev/null
+    waybill receive --dial web-1=wss://web-1.example.com:8443/ --token-file token-for-the-receiver \\
+      --tokens /etc/waybill/tokens.toml --ca ca.pem
+
 Flags go before keys of the file.")]
 pub struct Receive {
     /// Read all of this from a TOML file
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Where senders connect; port 0 takes a free one, which is logged
+    /// Where senders connect; port 0 takes a free one, which is logged. Not needed with --dial
     #[arg(long, value_name = "HOST:PORT|unix:PATH", value_parser = value::listen)]
     pub listen: Option<Listen>,
     /// Tokens that may enter, as 'waybill token' writes them; read anew when it changes
@@ -247,6 +272,16 @@ pub struct Receive {
     /// How long a stop waits for what is under way [default: 10s]
     #[arg(long, value_name = "TIME", value_parser = value::duration)]
     pub drain_timeout: Option<Duration>,
+
+    /// Sender to connect to, which listens; NAME is its entry in the tokens file. May be repeated
+    #[arg(long, value_name = "NAME=URL", value_parser = value::dialled_sender, help_heading = "Senders to dial")]
+    pub dial: Vec<(String, Endpoint)>,
+    /// File that holds the token to present there alone, as 'waybill token' printed it at the sender
+    #[arg(long, value_name = "FILE", env = "WAYBILL_TOKEN_FILE", help_heading = "Senders to dial")]
+    pub token_file: Option<PathBuf>,
+    /// PEM file of the authorities to trust there instead of this machine's own
+    #[arg(long, value_name = "PEM", help_heading = "Senders to dial")]
+    pub ca: Option<PathBuf>,
 
     /// PEM file with the certificate chain
     #[arg(long, value_name = "PEM", help_heading = "TLS")]
@@ -293,7 +328,10 @@ pub struct Receive {
 #[command(long_about = "\
 Makes the token of a sender, prints it alone on standard output, once, and keeps only its SHA-256.
 
-A running receiver notices the change by itself; a revoked token ends its live connections.")]
+A running receiver notices the change by itself; a revoked token ends its live connections.
+
+Where the receiver dials, both sides have such a file: the receiver's lists its senders, for their \
+identities, and the sender's lists the receiver, for its token.")]
 #[command(after_long_help = "\
 Examples:
   waybill token web-1 --tokens /etc/waybill/tokens.toml > token
@@ -302,7 +340,7 @@ Examples:
   waybill token web-1 --tokens /etc/waybill/tokens.toml --revoke
   waybill token --tokens /etc/waybill/tokens.toml --list")]
 pub struct Token {
-    /// Name of the sender, for people
+    /// Name of the sender, or of a receiver that dials, for people
     #[arg(value_name = "NAME", required_unless_present = "list")]
     pub name: Option<String>,
     /// File that holds the hashes, made where missing

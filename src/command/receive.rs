@@ -7,9 +7,9 @@ use anyhow::bail;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use crate::config::{Listen, ReceiveConfig};
+use crate::config::ReceiveConfig;
 use crate::destination::{Destination, Queue};
-use crate::receiver::Receiver;
+use crate::receiver::{Dial, Receiver};
 use crate::shutdown::Shutdown;
 use crate::tls;
 use crate::transport::Listener;
@@ -24,20 +24,19 @@ pub async fn run(config: ReceiveConfig, shutdown: Shutdown) -> anyhow::Result<()
     let destination = Destination::open(&config.destination)?;
     let queue = Arc::new(Queue::default());
     let receiver = Receiver::new(&config, &destination, Arc::clone(&queue), shutdown.clone())?;
+    let dials: Result<Vec<Dial>, _> = config.dials.into_iter().map(Dial::new).collect();
+    let dials = dials?;
     let encrypted = tls.is_some();
-    let listener = Listener::bind(&config.listen, tls)?;
-    let address = match (&config.listen, listener.local_addr()) {
-        (_, Some(address)) => address.to_string(),
-        (Listen::Tcp(address), None) => address.to_string(),
-        (Listen::Unix(path), None) => format!("unix:{}", path.display()),
-    };
-    info!(address, tls = encrypted, "listening");
+    let listener = config.listen.map(|listen| Listener::bind(&listen, tls)).transpose()?;
+    if let Some(listener) = &listener {
+        info!(address = listener.address(), tls = encrypted, "listening");
+    }
 
     // Not the shutdown's own token: while connections drain, the destination works on.
     let stop = CancellationToken::new();
     let mut writing = tokio::spawn(destination.run(Arc::clone(&queue), stop.clone()));
     tokio::select! {
-        () = receiver.run(listener) => {}
+        () = receiver.run(listener, dials) => {}
         result = &mut writing => {
             result?;
             bail!("the destination ended by itself; nothing can be received");
@@ -58,14 +57,15 @@ mod tests {
     use std::path::PathBuf;
 
     use super::*;
-    use crate::config::{DestinationConfig, EmbeddedConfig};
+    use crate::config::{DestinationConfig, EmbeddedConfig, Listen};
     use crate::record::IndexRule;
     use crate::tokens;
 
     fn config(dir: &tempfile::TempDir) -> ReceiveConfig {
         ReceiveConfig {
-            listen: Listen::Unix(dir.path().join("waybill.sock")),
+            listen: Some(Listen::Unix(dir.path().join("waybill.sock"))),
             tls: None,
+            dials: Vec::new(),
             tokens: dir.path().join("tokens.toml"),
             destination: DestinationConfig::Embedded(EmbeddedConfig {
                 file: dir.path().join("store.sqlite"),

@@ -145,6 +145,23 @@ pub(super) fn secret_file(at: &At<PathBuf>, findings: &mut Findings) {
     }
 }
 
+/// The tokens file of a side that lets in whom it lists.
+pub(super) fn tokens_file(typed: Option<&At<PathBuf>>, findings: &mut Findings) {
+    match typed {
+        Some(at) if !at.value.exists() => {
+            let path = at.value.display();
+            let message =
+                format!("{path} is not there: make it with 'waybill token NAME --tokens {path}'");
+            findings.problem(&at.place, message);
+        }
+        Some(at) => secret_file(at, findings),
+        None => findings.missing(
+            "tokens",
+            "no tokens: give --tokens FILE, or 'tokens' in the file; without one nobody may enter",
+        ),
+    }
+}
+
 /// A PEM file with at least one block whose label ends with `label`.
 pub(super) fn pem_file(at: &At<PathBuf>, label: &str, findings: &mut Findings) {
     let Some((_, text)) = readable(at, findings) else { return };

@@ -12,6 +12,7 @@ use std::time::Duration;
 use crate::record::{Format, IndexRule, TypeName};
 
 mod check;
+mod dial;
 mod environment;
 mod file;
 mod problem;
@@ -24,6 +25,7 @@ pub mod value;
 mod tests;
 
 pub use check::{LogConfig, LogFormat, LogLayer, LogLevel};
+pub use dial::DialLayer;
 pub use environment::Environment;
 pub use problem::{At, ConfigError, Place, Problem};
 pub use receive::{
@@ -47,12 +49,8 @@ pub struct Loaded<T> {
 /// What `waybill send` does.
 #[derive(Clone, Debug)]
 pub struct SendConfig {
-    /// Receivers, in order of preference (this version dials the first that answers).
-    pub to: Vec<Endpoint>,
-    /// File that holds the token alone; read anew at each connection.
-    pub token_file: PathBuf,
-    /// PEM file of the authorities to trust instead of the machine's own.
-    pub ca: Option<PathBuf>,
+    /// Who opens the connection with a receiver.
+    pub connection: ConnectionConfig,
     /// Where the durable state lies.
     pub state_dir: PathBuf,
     /// What is read.
@@ -63,8 +61,6 @@ pub struct SendConfig {
     pub receipts: Option<ReceiptsTarget>,
     /// Compress frames with zstd where the receiver can.
     pub compress: bool,
-    /// Close a connection that was idle for so long; `None` keeps it.
-    pub idle_close: Option<Duration>,
     /// How long a stop waits for outstanding receipts.
     pub drain_timeout: Duration,
     /// Budget of the spool in bytes; full means that sockets are not read.
@@ -73,6 +69,39 @@ pub struct SendConfig {
     pub kept_bytes_max: u64,
     /// Show a progress bar (only with `once`, on a terminal).
     pub progress: bool,
+}
+
+/// Who opens the connection between a sender and its receiver.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum ConnectionConfig {
+    /// The sender does.
+    Dial(DialConfig),
+    /// A receiver does, for instance because it is in a private network.
+    Listen(ListenConfig),
+}
+
+/// How a sender dials.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct DialConfig {
+    /// Receivers, in order of preference (this version dials the first that answers).
+    pub to: Vec<Endpoint>,
+    /// File that holds the token alone; read anew at each connection.
+    pub token_file: PathBuf,
+    /// PEM file of the authorities to trust instead of the machine's own.
+    pub ca: Option<PathBuf>,
+    /// Close a connection that was idle for so long; `None` keeps it.
+    pub idle_close: Option<Duration>,
+}
+
+/// How a sender is dialled.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ListenConfig {
+    /// Where it listens.
+    pub listen: Listen,
+    /// Certificate chain and key, both PEM; `None` means plain WebSocket.
+    pub tls: Option<ServerTls>,
+    /// The tokens file with the receivers that may enter; read anew whenever it changes.
+    pub tokens: PathBuf,
 }
 
 /// One `[[source]]`.
@@ -164,7 +193,7 @@ pub enum ReceiptsTarget {
     File(PathBuf),
 }
 
-/// A receiver's address.
+/// The address of the side that is dialled.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Endpoint {
     /// As typed, for messages.
@@ -196,10 +225,12 @@ pub enum EndpointAddress {
 /// What `waybill receive` does.
 #[derive(Clone, Debug)]
 pub struct ReceiveConfig {
-    /// Where it listens.
-    pub listen: Listen,
+    /// Where it listens; `None` where it only dials.
+    pub listen: Option<Listen>,
     /// Certificate chain and key, both PEM; `None` means plain WebSocket.
     pub tls: Option<ServerTls>,
+    /// Senders that it dials.
+    pub dials: Vec<DialledSender>,
     /// The tokens file; read anew whenever it changes.
     pub tokens: PathBuf,
     /// Where documents go.
@@ -218,7 +249,20 @@ pub struct ReceiveConfig {
     pub drain_timeout: Duration,
 }
 
-/// Where a receiver listens.
+/// A sender that a receiver dials.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct DialledSender {
+    /// Its entry in the receiver's tokens file, which says who it is.
+    pub name: String,
+    /// Where it listens; resolved anew at each connection.
+    pub endpoint: Endpoint,
+    /// File with the token to present, alone; read anew at each connection.
+    pub token_file: PathBuf,
+    /// PEM file of the authorities to trust instead of the machine's own.
+    pub ca: Option<PathBuf>,
+}
+
+/// Where a sender or receiver listens.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Listen {
     /// A TCP address.

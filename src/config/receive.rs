@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::check::{self, LogLayer};
+use super::dial::{self, DialLayer};
 use super::file::{File, Table};
 use super::problem::{At, ConfigError, Findings};
 use super::send::DRAIN_TIMEOUT;
@@ -45,6 +46,12 @@ pub struct ReceiveLayer {
     pub tls_cert: Option<At<PathBuf>>,
     /// `--tls-key`, `tls_key`.
     pub tls_key: Option<At<PathBuf>>,
+    /// `--dial`, `[[dial]]`.
+    pub dials: Vec<DialLayer>,
+    /// `--token-file`, `token_file`.
+    pub token_file: Option<At<PathBuf>>,
+    /// `--ca`, `ca`.
+    pub ca: Option<At<PathBuf>>,
     /// `--tokens`, `tokens`.
     pub tokens: Option<At<PathBuf>>,
     /// `--elasticsearch` and its companions, `[elasticsearch]`.
@@ -115,6 +122,9 @@ impl ReceiveLayer {
             listen: self.listen.or(under.listen),
             tls_cert: self.tls_cert.or(under.tls_cert),
             tls_key: self.tls_key.or(under.tls_key),
+            dials: either(self.dials, under.dials),
+            token_file: self.token_file.or(under.token_file),
+            ca: self.ca.or(under.ca),
             tokens: self.tokens.or(under.tokens),
             elasticsearch: self.elasticsearch.over(under.elasticsearch),
             store: StoreLayer {
@@ -142,6 +152,9 @@ impl ReceiveLayer {
                 .map(|at| at.map(|listen| absolute_listen(listen, &base))),
             tls_cert: table.path("tls_cert"),
             tls_key: table.path("tls_key"),
+            dials: table.tables("dial", "dial.", DialLayer::read),
+            token_file: table.path("token_file"),
+            ca: table.path("ca"),
             tokens: table.path("tokens"),
             elasticsearch: table
                 .table("elasticsearch", "elasticsearch.", ElasticsearchLayer::read)
@@ -229,20 +242,21 @@ fn check(
     let log = layer.log.check();
     let tls = check_tls(layer.tls_cert, layer.tls_key, &mut findings);
     let plain_allowed = layer.insecure_plaintext.as_ref().is_some_and(|at| at.value);
-    let listen = check_listen(layer.listen, tls.is_some(), plain_allowed, &mut findings);
-    match &layer.tokens {
-        Some(at) if !at.value.exists() => {
-            let path = at.value.display();
-            let message =
-                format!("{path} is not there: make it with 'waybill token NAME --tokens {path}'");
-            findings.problem(&at.place, message);
-        }
-        Some(at) => check::secret_file(at, &mut findings),
-        None => findings.missing(
-            "tokens",
-            "no tokens: give --tokens FILE, or 'tokens' in the file; without one nobody may enter",
-        ),
+    if layer.listen.is_none() && layer.dials.is_empty() {
+        findings.missing(
+            "listen",
+            "no address: give --listen HOST:PORT or --listen unix:PATH, or 'listen' in the file; or \
+             dial senders with --dial NAME=URL, or [[dial]] in the file",
+        );
     }
+    let listen = check_listen(layer.listen, tls.is_some(), plain_allowed, &mut findings);
+    let dials = dial::check(
+        layer.dials,
+        dial::Defaults { token_file: layer.token_file, ca: layer.ca },
+        plain_allowed,
+        &mut findings,
+    );
+    check::tokens_file(layer.tokens.as_ref(), &mut findings);
     let rule = layer.index.map(|at| at.value).unwrap_or_default();
     let destination =
         check_destination(layer.elasticsearch, layer.store, &rule, environment, &mut findings);
@@ -256,9 +270,10 @@ fn check(
         layer.days_before.map_or(DAYS.0, |at| -i32::try_from(at.value).unwrap_or(i32::MAX)),
         layer.days_after.map_or(DAYS.1, |at| i32::try_from(at.value).unwrap_or(i32::MAX)),
     );
-    let config = listen.zip(destination).map(|(listen, destination)| ReceiveConfig {
+    let config = destination.map(|destination| ReceiveConfig {
         listen,
         tls,
+        dials,
         // A missing one was found above, so that this configuration never leaves `finish`.
         tokens: layer.tokens.map(|at| at.value).unwrap_or_default(),
         destination,
@@ -273,7 +288,7 @@ fn check(
     Ok(Loaded { config, log, warnings })
 }
 
-fn check_tls(
+pub(super) fn check_tls(
     certificate: Option<At<PathBuf>>,
     key: Option<At<PathBuf>>,
     findings: &mut Findings,
@@ -302,19 +317,13 @@ fn check_tls(
     }
 }
 
-fn check_listen(
+pub(super) fn check_listen(
     typed: Option<At<Listen>>,
     has_tls: bool,
     plain_allowed: bool,
     findings: &mut Findings,
 ) -> Option<Listen> {
-    let Some(At { value: listen, place }) = typed else {
-        findings.missing(
-            "listen",
-            "no address: give --listen HOST:PORT or --listen unix:PATH, or 'listen' in the file",
-        );
-        return None;
-    };
+    let At { value: listen, place } = typed?;
     match &listen {
         Listen::Unix(path) => check::socket_path(path, &place, findings),
         Listen::Tcp(address) if !has_tls && !address.ip().to_canonical().is_loopback() => {

@@ -8,10 +8,12 @@ use std::time::Duration;
 use super::check::{self, LogLayer};
 use super::file::{File, Table};
 use super::problem::{At, ConfigError, Findings, Place};
+use super::receive::{absolute_listen, check_listen, check_tls};
 use super::source::{self, SourceLayer};
 use super::value;
 use super::{
-    Endpoint, EndpointAddress, Environment, Input, Loaded, ReceiptsTarget, SendConfig, SourceConfig,
+    ConnectionConfig, DialConfig, Endpoint, EndpointAddress, Environment, Input, Listen,
+    ListenConfig, Loaded, ReceiptsTarget, SendConfig, SourceConfig,
 };
 
 /// How long a stop waits for outstanding receipts unless configured.
@@ -32,6 +34,16 @@ pub struct SendLayer {
     pub token_file: Option<At<PathBuf>>,
     /// `--ca`, `ca`.
     pub ca: Option<At<PathBuf>>,
+    /// `idle_close`.
+    pub idle_close: Option<At<Duration>>,
+    /// `--listen`, `listen`.
+    pub listen: Option<At<Listen>>,
+    /// `--tls-cert`, `tls_cert`.
+    pub tls_cert: Option<At<PathBuf>>,
+    /// `--tls-key`, `tls_key`.
+    pub tls_key: Option<At<PathBuf>>,
+    /// `--tokens`, `tokens`.
+    pub tokens: Option<At<PathBuf>>,
     /// `--state-dir`, `state_dir`.
     pub state_dir: Option<At<PathBuf>>,
     /// Files and sockets, `[[source]]`.
@@ -42,8 +54,6 @@ pub struct SendLayer {
     pub receipts: Option<At<ReceiptsTarget>>,
     /// `--compress`, `compress`.
     pub compress: Option<At<bool>>,
-    /// `idle_close`.
-    pub idle_close: Option<At<Duration>>,
     /// `--drain-timeout`, `drain_timeout`.
     pub drain_timeout: Option<At<Duration>>,
     /// `--spool-bytes-max`, `spool_bytes_max`.
@@ -58,18 +68,30 @@ pub struct SendLayer {
 
 impl SendLayer {
     /// Each setting of this layer, else that of `under`. Sources are one setting: files named on
-    /// the command line are sent instead of those in the file.
-    fn over(self, under: SendLayer) -> SendLayer {
+    /// the command line are sent instead of those in the file. Naming the other side to dial on the
+    /// command line drops how it is in the file.
+    fn over(self, mut under: SendLayer) -> SendLayer {
+        if self.listen.is_some() {
+            (under.to, under.ca, under.idle_close) = (Vec::new(), None, None);
+        }
+        if !self.to.is_empty() {
+            (under.listen, under.tokens) = (None, None);
+            (under.tls_cert, under.tls_key) = (None, None);
+        }
         SendLayer {
             to: source::either(self.to, under.to),
             token_file: self.token_file.or(under.token_file),
             ca: self.ca.or(under.ca),
+            idle_close: self.idle_close.or(under.idle_close),
+            listen: self.listen.or(under.listen),
+            tls_cert: self.tls_cert.or(under.tls_cert),
+            tls_key: self.tls_key.or(under.tls_key),
+            tokens: self.tokens.or(under.tokens),
             state_dir: self.state_dir.or(under.state_dir),
             sources: source::either(self.sources, under.sources),
             once: self.once || under.once,
             receipts: self.receipts.or(under.receipts),
             compress: self.compress.or(under.compress),
-            idle_close: self.idle_close.or(under.idle_close),
             drain_timeout: self.drain_timeout.or(under.drain_timeout),
             spool_bytes_max: self.spool_bytes_max.or(under.spool_bytes_max),
             kept_bytes_max: self.kept_bytes_max.or(under.kept_bytes_max),
@@ -79,16 +101,23 @@ impl SendLayer {
     }
 
     fn read(table: &mut Table<'_>) -> SendLayer {
+        let base = table.base().to_owned();
         SendLayer {
             to: table.list("to", value::endpoint),
             token_file: table.path("token_file"),
             ca: table.path("ca"),
+            idle_close: table.text("idle_close", value::duration),
+            listen: table
+                .text("listen", value::listen)
+                .map(|at| at.map(|listen| absolute_listen(listen, &base))),
+            tls_cert: table.path("tls_cert"),
+            tls_key: table.path("tls_key"),
+            tokens: table.path("tokens"),
             state_dir: table.path("state_dir"),
             sources: table.tables("source", "source.", SourceLayer::read),
             once: false,
             receipts: read_receipts(table),
             compress: table.boolean("compress"),
-            idle_close: table.text("idle_close", value::duration),
             drain_timeout: table.text("drain_timeout", value::duration),
             spool_bytes_max: table.size("spool_bytes_max"),
             kept_bytes_max: table.size("kept_bytes_max"),
@@ -124,29 +153,13 @@ pub fn load_send(
 }
 
 fn check(
-    layer: SendLayer,
+    mut layer: SendLayer,
     mut findings: Findings,
     environment: &Environment,
 ) -> Result<Loaded<SendConfig>, ConfigError> {
-    let log = layer.log.check();
+    let log = std::mem::take(&mut layer.log).check();
     let plain_allowed = layer.insecure_plaintext.as_ref().is_some_and(|at| at.value);
-    for endpoint in &layer.to {
-        check_endpoint(endpoint, plain_allowed, &mut findings);
-    }
-    if layer.to.is_empty() {
-        findings.missing("to", "no receiver: give --to wss://HOST/, or 'to' in the file");
-    }
-    match &layer.token_file {
-        Some(at) => check::secret_file(at, &mut findings),
-        None => findings.missing(
-            "token_file",
-            "no token: give --token-file FILE (or WAYBILL_TOKEN_FILE), or 'token_file' in the \
-             file; 'waybill token NAME --tokens FILE' at the receiver makes one",
-        ),
-    }
-    if let Some(ca) = &layer.ca {
-        check::pem_file(ca, "CERTIFICATE", &mut findings);
-    }
+    let connection = check_connection(&mut layer, plain_allowed, &mut findings);
     if let Some(at) = layer.spool_bytes_max.as_ref().filter(|at| at.value < SPOOL_BYTES_MIN) {
         findings.problem(&at.place, "must be at least 4MiB, to hold a few of the longest lines");
     }
@@ -162,17 +175,13 @@ fn check(
     let receipts = layer.receipts.map(|at| at.value);
     let receipts_on_terminal =
         receipts == Some(ReceiptsTarget::Stdout) && environment.stdout_is_terminal;
-    let config = state_dir.map(|state_dir| SendConfig {
-        to: layer.to.into_iter().map(|at| at.value).collect(),
-        // A missing one was found above, so that this configuration never leaves `finish`.
-        token_file: layer.token_file.map(|at| at.value).unwrap_or_default(),
-        ca: layer.ca.map(|at| at.value),
+    let config = connection.zip(state_dir).map(|(connection, state_dir)| SendConfig {
+        connection,
         state_dir,
         sources,
         once: layer.once,
         receipts,
         compress: layer.compress.is_some_and(|at| at.value),
-        idle_close: layer.idle_close.map(|at| at.value),
         drain_timeout: layer.drain_timeout.map_or(DRAIN_TIMEOUT, |at| at.value),
         spool_bytes_max: layer.spool_bytes_max.map_or(DISK_BYTES_MAX, |at| at.value),
         kept_bytes_max: layer.kept_bytes_max.map_or(DISK_BYTES_MAX, |at| at.value),
@@ -185,7 +194,93 @@ fn check(
     Ok(Loaded { config, log, warnings })
 }
 
-fn check_endpoint(endpoint: &At<Endpoint>, plain_allowed: bool, findings: &mut Findings) {
+/// Takes out of the layer who opens the connection.
+fn check_connection(
+    layer: &mut SendLayer,
+    plain_allowed: bool,
+    findings: &mut Findings,
+) -> Option<ConnectionConfig> {
+    if layer.listen.is_some() {
+        check_listening(layer, plain_allowed, findings).map(ConnectionConfig::Listen)
+    } else {
+        Some(ConnectionConfig::Dial(check_dialling(layer, plain_allowed, findings)))
+    }
+}
+
+fn check_dialling(
+    layer: &mut SendLayer,
+    plain_allowed: bool,
+    findings: &mut Findings,
+) -> DialConfig {
+    let to = std::mem::take(&mut layer.to);
+    for endpoint in &to {
+        check_endpoint(endpoint, plain_allowed, findings);
+    }
+    if to.is_empty() {
+        findings.missing(
+            "to",
+            "no receiver: give --to wss://HOST/, or 'to' in the file; or --listen HOST:PORT, where \
+             the receiver dials",
+        );
+    }
+    for at in [&layer.tls_cert, &layer.tls_key, &layer.tokens].into_iter().flatten() {
+        let message = "only a sender that is dialled needs it: give --listen HOST:PORT (listen)";
+        findings.problem(&at.place, message);
+    }
+    let token_file = layer.token_file.take();
+    match &token_file {
+        Some(at) => check::secret_file(at, findings),
+        None => findings.missing(
+            "token_file",
+            "no token: give --token-file FILE (or WAYBILL_TOKEN_FILE), or 'token_file' in the \
+             file; 'waybill token NAME --tokens FILE' at the receiver makes one",
+        ),
+    }
+    let ca = layer.ca.take();
+    if let Some(ca) = &ca {
+        check::pem_file(ca, "CERTIFICATE", findings);
+    }
+    DialConfig {
+        to: to.into_iter().map(|at| at.value).collect(),
+        // A missing one was found above, so that this configuration never leaves `finish`.
+        token_file: token_file.map(|at| at.value).unwrap_or_default(),
+        ca: ca.map(|at| at.value),
+        idle_close: layer.idle_close.take().map(|at| at.value),
+    }
+}
+
+/// A token file is passed over: it may be named by the environment, for another command.
+fn check_listening(
+    layer: &mut SendLayer,
+    plain_allowed: bool,
+    findings: &mut Findings,
+) -> Option<ListenConfig> {
+    if let Some(to) = layer.to.first() {
+        let message = "a sender dials or is dialled: give 'to' or 'listen', not both";
+        findings.problem(&to.place, message);
+    }
+    if let Some(ca) = &layer.ca {
+        let message = "only a sender that dials checks a certificate: remove it";
+        findings.problem(&ca.place, message);
+    }
+    if let Some(idle_close) = &layer.idle_close {
+        let message = "a sender that cannot dial keeps its connection: remove it";
+        findings.problem(&idle_close.place, message);
+    }
+    let tls = check_tls(layer.tls_cert.take(), layer.tls_key.take(), findings);
+    let listen = check_listen(layer.listen.take(), tls.is_some(), plain_allowed, findings);
+    let tokens = layer.tokens.take();
+    check::tokens_file(tokens.as_ref(), findings);
+    // A missing file was found, so that this configuration never leaves `finish`.
+    let tokens = tokens.map(|at| at.value).unwrap_or_default();
+    listen.map(|listen| ListenConfig { listen, tls, tokens })
+}
+
+pub(super) fn check_endpoint(
+    endpoint: &At<Endpoint>,
+    plain_allowed: bool,
+    findings: &mut Findings,
+) {
     match &endpoint.value.address {
         EndpointAddress::Unix(path) => check::socket_path(path, &endpoint.place, findings),
         EndpointAddress::Tcp { host, .. } if !endpoint.value.tls && !value::is_loopback(host) => {

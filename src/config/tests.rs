@@ -6,6 +6,8 @@ use tempfile::TempDir;
 
 use super::*;
 
+mod dialled;
+
 /// A folder with the files that a configuration names, and defaults that depend on nothing else.
 struct Desk {
     dir: TempDir,
@@ -50,6 +52,13 @@ impl Desk {
     }
 }
 
+fn dialling(config: &SendConfig) -> &DialConfig {
+    match &config.connection {
+        ConnectionConfig::Dial(dial) => dial,
+        ConnectionConfig::Listen(listen) => panic!("{listen:?}"),
+    }
+}
+
 const SEND: &str = "to = 'wss://h/'\ntoken_file = 'token'\n";
 const SOURCE: &str = "[[source]]\nfiles = '/var/log/x.log'\n";
 const RECEIVE: &str = "listen = '127.0.0.1:0'\ntokens = 'tokens.toml'\n";
@@ -60,7 +69,7 @@ fn a_small_sender_gets_the_documented_defaults() {
     let loaded = desk.send(SendLayer::default(), &format!("{SEND}{SOURCE}")).expect("good");
     let config = loaded.config;
     assert_eq!(config.state_dir, Path::new("/state"));
-    assert_eq!(config.token_file, desk.dir.path().join("token"));
+    assert_eq!(dialling(&config).token_file, desk.dir.path().join("token"));
     assert_eq!(config.drain_timeout, Duration::from_secs(10));
     assert_eq!((config.spool_bytes_max, config.kept_bytes_max), (1 << 30, 1 << 30));
     assert!(!config.once && !config.compress && !config.progress);
@@ -84,8 +93,8 @@ fn bad_senders_say_where_and_what_is_allowed() {
         (
             format!("tokn_file = 'x'\n{SEND}{SOURCE}"),
             "c.toml:1:1: tokn_file: unknown key; allowed here: ca, compress, drain_timeout, \
-             idle_close, insecure_plaintext, kept_bytes_max, log_format, log_level, receipts, \
-             source, spool_bytes_max, state_dir, to, token_file"
+             idle_close, insecure_plaintext, kept_bytes_max, listen, log_format, log_level, \
+             receipts, source, spool_bytes_max, state_dir, tls_cert, tls_key, to, token_file, tokens"
                 .to_owned(),
         ),
         (
@@ -271,8 +280,8 @@ fn flags_go_before_the_file() {
         "spool_bytes_max = '5MiB'\nkept_bytes_max = 77\ndrain_timeout = '3s'\n{SEND}{SOURCE}"
     );
     let config = desk.send(flags, &text).expect("good").config;
-    assert_eq!(config.to.len(), 1);
-    assert_eq!(config.to[0].url, "wss://flag/");
+    assert_eq!(dialling(&config).to.len(), 1);
+    assert_eq!(dialling(&config).to[0].url, "wss://flag/");
     assert_eq!(config.spool_bytes_max, 8 << 20);
     assert_eq!(config.kept_bytes_max, 77);
     assert_eq!(config.drain_timeout, Duration::from_secs(3));

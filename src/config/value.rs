@@ -81,7 +81,7 @@ fn split_number(text: &str) -> (&str, &str) {
     (&text[..end], text[end..].trim_start())
 }
 
-/// A receiver's URL: `wss://HOST[:PORT][/PATH]`, `ws://…` or `ws+unix:/PATH/OF.sock`.
+/// The URL of the side that is dialled: `wss://HOST[:PORT][/PATH]`, `ws://…` or `ws+unix:/PATH/OF.sock`.
 pub fn endpoint(text: &str) -> Result<Endpoint, ValueError> {
     if let Some(socket) = text.strip_prefix("ws+unix:") {
         let socket = socket.strip_prefix("//").filter(|s| s.starts_with('/')).unwrap_or(socket);
@@ -119,6 +119,17 @@ pub fn endpoint(text: &str) -> Result<Endpoint, ValueError> {
         host: parts.authority.to_owned(),
         path,
     })
+}
+
+/// A sender to dial: `NAME=URL`.
+pub fn dialled_sender(text: &str) -> Result<(String, Endpoint), ValueError> {
+    match text.split_once('=') {
+        Some((name, url)) if !name.is_empty() => Ok((name.to_owned(), endpoint(url)?)),
+        _ => refuse(format!(
+            "{text:?} must be NAME=URL, such as web-1=wss://web-1.example.com/, where NAME is an \
+             entry of the tokens file"
+        )),
+    }
 }
 
 /// A base URL of Elasticsearch, without a slash at its end.
@@ -189,7 +200,7 @@ pub(super) fn is_loopback(host: &str) -> bool {
         || host.parse::<IpAddr>().is_ok_and(|address| address.to_canonical().is_loopback())
 }
 
-/// Where a receiver listens: `HOST:PORT` or `unix:PATH`.
+/// Where one side listens: `HOST:PORT` or `unix:PATH`.
 pub fn listen(text: &str) -> Result<Listen, ValueError> {
     if let Some(path) = text.strip_prefix("unix:") {
         if path.is_empty() {

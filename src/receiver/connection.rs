@@ -66,14 +66,26 @@ impl From<SocketError> for End {
     }
 }
 
+/// How a connection ended, for a side that may dial again.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Ended {
+    /// Receipts had gone out: the sender works.
+    AfterReceipts,
+    /// None had.
+    Early,
+    /// The sender wants no more of it: its token ended, or another took over.
+    SentAway,
+}
+
 /// Serves a sender until it is gone.
-pub(super) async fn run(receiver: Arc<Receiver>, accepted: Accepted, socket: Socket) {
+pub(super) async fn serve(receiver: Arc<Receiver>, accepted: Accepted, socket: Socket) -> Ended {
+    let _counted = receiver.sessions.token();
     let heartbeat = socket.heartbeat();
     let (sender, incoming) = socket.split();
     let (writes, written) = mpsc::channel(WRITES_MAX);
     let writing = write(sender, written);
     let name = accepted.sender.name.clone();
-    let peer = accepted.peer;
+    let peer = accepted.peer.clone();
     let mut connection = Connection {
         session: Session::new(accepted.sender.clone(), Arc::clone(&receiver.terms)),
         tokens: receiver.tokens.clone(),
@@ -86,6 +98,7 @@ pub(super) async fn run(receiver: Arc<Receiver>, accepted: Accepted, socket: Soc
         backlog: VecDeque::new(),
         aside: None,
         drain_until: None,
+        receipted: false,
     };
     let mut writing = std::pin::pin!(writing);
     let end = tokio::select! {
@@ -107,14 +120,20 @@ pub(super) async fn run(receiver: Arc<Receiver>, accepted: Accepted, socket: Soc
         }
         End::Ours { code, reason } => info!(sender = ?name, code, reason, "closing"),
     }
+    let ended = match &end {
+        End::Closed { code: close::POLICY, .. } => Ended::SentAway,
+        _ if connection.receipted => Ended::AfterReceipts,
+        _ => Ended::Early,
+    };
     let (code, reason) = match &end {
-        End::Lost(_) | End::Dead => return,
+        End::Lost(_) | End::Dead => return ended,
         End::Closed { .. } => (close::NORMAL, ""),
         End::Violation(violation) => (violation.code, violation.reason.as_str()),
         End::Ours { code, reason } => (*code, *reason),
     };
     drop(writes);
     finish(writing, connection.incoming, code, reason).await;
+    ended
 }
 
 /// The close handshake; bytes that still come in are read and dropped, because a socket that is
@@ -171,6 +190,8 @@ struct Connection {
     aside: Option<Aside>,
     hello_until: Instant,
     drain_until: Option<Instant>,
+    /// A final receipt went out.
+    receipted: bool,
 }
 
 struct Aside {
@@ -336,6 +357,7 @@ impl Connection {
             self.session.settle(&receipt);
             if receipt.runs.iter().any(|run| run.verdict.is_final()) {
                 self.receiver.health.note();
+                self.receipted = true;
             }
             for part in parts(receipt) {
                 self.send(&Control::Receipt(part));
@@ -352,10 +374,11 @@ impl Connection {
     }
 
     /// A token that was revoked, replaced or has expired ends its connections; one whose entry
-    /// says something else now makes its sender connect again.
+    /// says something else now makes its sender connect again. So does the entry of a sender that
+    /// was dialled.
     fn check_token(&self) -> Result<(), End> {
         let tokens = Arc::clone(&self.receiver.tokens.borrow());
-        match tokens.find(&self.accepted.hash, Timestamp::now()) {
+        match self.accepted.entry(&tokens, Timestamp::now()) {
             None => {
                 let reason = "the token was revoked, replaced or has expired";
                 Err(End::Ours { code: close::POLICY, reason })

@@ -12,8 +12,8 @@ use super::Receiver;
 use super::session::Sender;
 use crate::protocol::SUBPROTOCOL;
 use crate::record::SenderId;
-use crate::tokens::{self, Entry, TokenHash};
-use crate::transport::{Answer, Peer, Refuse, Request};
+use crate::tokens::{self, Entry, TokenHash, Tokens};
+use crate::transport::{Answer, Refuse, Request};
 
 /// How many connections one sender may have.
 const CONNECTIONS_MAX: usize = 16;
@@ -24,14 +24,34 @@ const RETRY_AFTER: Duration = Duration::from_secs(5);
 /// Two instances under one token within this time are reported.
 const INSTANCES_WITHIN: Duration = Duration::from_secs(600);
 
-/// A sender that showed a valid token.
+/// A sender that is known.
 #[derive(Debug)]
 pub struct Accepted {
     pub(super) sender: Sender,
-    pub(super) hash: TokenHash,
-    pub(super) peer: Peer,
-    /// Held while the connection lives.
-    pub(super) _slot: Slot,
+    pub(super) proof: Proof,
+    /// Its address, or the URL that was dialled, for the log.
+    pub(super) peer: String,
+    /// Held while the connection lives; none for one that was dialled, which is one of few.
+    pub(super) _slot: Option<Slot>,
+}
+
+/// By what a sender is known.
+#[derive(Debug)]
+pub(super) enum Proof {
+    /// It showed the token of this hash.
+    Token(TokenHash),
+    /// It was dialled, at the address that the configuration gives under this name.
+    Address,
+}
+
+impl Accepted {
+    /// What the tokens file says of it now; `None` where it may no longer send.
+    pub(super) fn entry<'t>(&self, tokens: &'t Tokens, now: Timestamp) -> Option<&'t Entry> {
+        match &self.proof {
+            Proof::Token(hash) => tokens.find(hash, now),
+            Proof::Address => tokens.named(&self.sender.name, now),
+        }
+    }
 }
 
 impl Sender {
@@ -72,8 +92,7 @@ fn plain(receiver: &Receiver, request: &Request) -> Refuse {
 
 fn admit(receiver: &Receiver, request: &Request) -> Result<Accepted, Refuse> {
     if receiver.shutdown.is_requested() {
-        let refuse = Refuse::new(503, "this receiver is stopping\n");
-        return Err(Refuse { retry_after: Some(RETRY_AFTER), ..refuse });
+        return Err(Refuse::later(503, "this receiver is stopping\n", RETRY_AFTER));
     }
     // A browser says where its page is from; a page has no business here, whatever it knows.
     if request.has_header("origin") {
@@ -86,17 +105,14 @@ fn admit(receiver: &Receiver, request: &Request) -> Result<Accepted, Refuse> {
     }
     let slot = receiver.slots.take(sender.id).ok_or_else(|| {
         let text = format!("this sender has {CONNECTIONS_MAX} connections open already\n");
-        Refuse { retry_after: Some(RETRY_AFTER), ..Refuse::new(429, text) }
+        Refuse::later(429, text, RETRY_AFTER)
     })?;
-    Ok(Accepted { sender, hash, peer: request.peer(), _slot: slot })
+    let (proof, peer) = (Proof::Token(hash), request.peer().to_string());
+    Ok(Accepted { sender, proof, peer, _slot: Some(slot) })
 }
 
 fn authenticate(receiver: &Receiver, request: &Request) -> Option<(Sender, TokenHash)> {
-    let (scheme, token) = request.header("authorization")?.split_once(' ')?;
-    if !scheme.eq_ignore_ascii_case("bearer") {
-        return None;
-    }
-    let hash = tokens::hash(token.trim());
+    let hash = tokens::hash(request.bearer()?);
     let tokens = Arc::clone(&receiver.tokens.borrow());
     tokens.find(&hash, Timestamp::now()).map(|entry| (Sender::of(entry), hash))
 }

@@ -1,10 +1,11 @@
 //! From the transport to the destination, and receipts back.
 //!
-//! `command::receive` starts it with a bound listener and a queue whose other end a destination
-//! empties. It must never pass on a frame whose sender, type, day or index rule was not checked
+//! `command::receive` starts it with a bound listener, senders to dial, and a queue whose other end a
+//! destination empties. It must never pass on a frame whose sender, type, day or index rule was not checked
 //! (I4, I8), nor hold more than its bytes (I7), nor make up a verdict (I1).
 
 mod connection;
+mod dial;
 mod gate;
 mod health;
 mod outstanding;
@@ -19,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
+pub use dial::Dial;
 pub use gate::Accepted;
 
 use crate::config::ReceiveConfig;
@@ -103,7 +105,7 @@ impl Receiver {
 
     /// Serves until the shutdown, then drains: senders that come are told 503, those that are
     /// there get the receipts of what they sent, within the drain timeout.
-    pub async fn run(self, listener: Listener) {
+    pub async fn run(self, listener: Option<Listener>, dials: Vec<Dial>) {
         let receiver = Arc::new(self);
         let stop = CancellationToken::new();
         let tasks = TaskTracker::new();
@@ -113,7 +115,12 @@ impl Receiver {
             receiver.tokens_interval,
             stop.clone(),
         ));
-        tasks.spawn(listener.run(Arc::clone(&receiver), tasks.clone(), stop.clone()));
+        if let Some(listener) = listener {
+            tasks.spawn(listener.run(Arc::clone(&receiver), tasks.clone(), stop.clone()));
+        }
+        for dial in dials {
+            tasks.spawn(dial.run(Arc::clone(&receiver)));
+        }
         receiver.shutdown.requested().await;
         info!(connections = receiver.sessions.len(), "draining");
         receiver.sessions.close();
@@ -137,8 +144,7 @@ impl Handler for Receiver {
     }
 
     async fn serve(self: Arc<Self>, accepted: Accepted, socket: Socket) {
-        let _counted = self.sessions.token();
-        connection::run(self, accepted, socket).await;
+        connection::serve(self, accepted, socket).await;
     }
 }
 

@@ -43,8 +43,9 @@ impl Drop for Server {
 
 fn config(dir: &TempDir) -> ReceiveConfig {
     ReceiveConfig {
-        listen: Listen::Tcp(SocketAddr::from(([127, 0, 0, 1], 0))),
+        listen: Some(Listen::Tcp(SocketAddr::from(([127, 0, 0, 1], 0)))),
         tls: None,
+        dials: Vec::new(),
         tokens: dir.path().join("tokens.toml"),
         destination: DestinationConfig::Embedded(EmbeddedConfig {
             file: dir.path().join("store.sqlite"),
@@ -72,9 +73,9 @@ fn serve_with(change: impl FnOnce(&mut ReceiveConfig, &mut Duration)) -> Server 
     let mut receiver = new.expect("receiver");
     receiver.hello_timeout = hello_timeout;
     receiver.tokens_interval = Duration::from_millis(5);
-    let listener = Listener::bind(&config.listen, None).expect("bind");
+    let listener = Listener::bind(&config.listen.expect("an address"), None).expect("bind");
     let address = listener.local_addr().expect("address");
-    let running = tokio::spawn(receiver.run(listener));
+    let running = tokio::spawn(receiver.run(Some(listener), Vec::new()));
     Server { _dir: dir, tokens: config.tokens, token, address, queue, shutdown, running }
 }
 

@@ -1,4 +1,4 @@
-//! The connection to a receiver: dialled, greeted, kept alive, and dialled again.
+//! What streams see of the connection to a receiver, and the side that dials it, again and again.
 //!
 //! Streams see one [`Link`] at a time through a watch channel. A link that breaks costs nothing:
 //! every stream sends what has no receipt on the next one.
@@ -9,34 +9,22 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use thiserror::Error;
-use tokio::sync::{Notify, Semaphore, mpsc, watch};
+use tokio::sync::{Notify, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
-use uuid::Uuid;
 
-use crate::backoff::Backoff;
-use crate::config::{Endpoint, SendConfig};
-use crate::protocol::{Control, Hello, Receipt, Refused, SUBPROTOCOL, VERSION, Welcome};
+use super::connection::{Connections, Ended, Greeted};
+use crate::config::{DialConfig, Endpoint};
+use crate::protocol::{Receipt, Refused, SUBPROTOCOL, Welcome};
 use crate::record::escape_path;
 use crate::tls::ClientConfig;
-use crate::transport::{
-    Beat, ConnectError, Heartbeat, Incoming, Outgoing, SocketReceiver, SocketSender, close, connect,
-};
+use crate::transport::{ConnectError, Outgoing, Pause, Retry, connect};
 
 /// How long a connection attempt may take, from name to upgrade.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// How long a receiver may take to answer `hello`.
-const WELCOME_TIMEOUT: Duration = Duration::from_secs(20);
-
 /// Messages between streams and the socket: enough to keep it busy, few enough to stay small.
 const OUTGOING_MAX: usize = 4;
-
-/// How fast attempts follow each other after a lost connection.
-const RETRY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(15));
-
-/// How fast they follow each other where only a person can mend what is wrong.
-const RETRY_SLOWLY: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(60));
 
 /// A connection on which lines can be sent.
 #[derive(Debug)]
@@ -89,7 +77,7 @@ impl Mailbox {
 }
 
 impl Link {
-    fn new(welcome: Welcome, compress: bool) -> (Link, mpsc::Receiver<Outgoing>) {
+    pub fn new(welcome: Welcome, compress: bool) -> (Link, mpsc::Receiver<Outgoing>) {
         let (outgoing, messages) = mpsc::channel(OUTGOING_MAX);
         let credit = welcome.credit.min(CREDIT_MAX);
         let frames = usize::try_from(welcome.limits.frames).unwrap_or(usize::MAX);
@@ -133,8 +121,13 @@ impl Link {
         !self.draining.load(Ordering::Relaxed)
     }
 
+    /// Whether nothing awaits a receipt.
+    pub fn is_idle(&self) -> bool {
+        self.credit.available_permits() as u64 >= *lock(&self.granted)
+    }
+
     /// Sets the total credit: a larger one is there at once, a smaller one as receipts come.
-    fn grant(&self, bytes: u64) {
+    pub fn grant(&self, bytes: u64) {
         let bytes = bytes.min(CREDIT_MAX);
         let mut granted = lock(&self.granted);
         if bytes >= *granted {
@@ -145,7 +138,8 @@ impl Link {
         }
     }
 
-    fn route(&self, handle: u32, letter: Letter) {
+    /// Hands a letter to the stream that it is for.
+    pub fn route(&self, handle: u32, letter: Letter) {
         match lock(&self.routes).get(&handle) {
             Some(mailbox) => mailbox.put(letter),
             None => debug!(handle, "letter for a segment that is finished"),
@@ -180,15 +174,7 @@ impl LinkError {
     fn needs_a_person(&self) -> bool {
         match self {
             LinkError::TokenFile { .. } => true,
-            LinkError::Connect(error) => matches!(
-                error,
-                ConnectError::Token
-                    | ConnectError::Endpoint { .. }
-                    | ConnectError::Tls { .. }
-                    | ConnectError::Refused { status: 401 | 403, .. }
-                    | ConnectError::Redirected { .. }
-                    | ConnectError::Subprotocol { .. }
-            ),
+            LinkError::Connect(error) => error.needs_a_person(),
             LinkError::Greeting(_) => false,
         }
     }
@@ -201,280 +187,85 @@ impl LinkError {
 
     fn retry_after(&self) -> Option<Duration> {
         match self {
-            LinkError::Connect(ConnectError::Refused { retry_after, .. }) => *retry_after,
+            LinkError::Connect(error) => error.retry_after(),
             _ => None,
         }
     }
 }
 
-/// Dials until stopped. Publishes each link, and `None` while there is none.
+/// Dials until stopped.
 pub struct Dialler {
     /// What to dial, and how.
-    pub config: Arc<SendConfig>,
+    pub config: DialConfig,
     /// TLS for `wss://` endpoints.
     pub tls: Option<Arc<ClientConfig>>,
-    /// Identity of the state directory.
-    pub instance: Uuid,
-    /// Where links are published.
-    pub links: watch::Sender<Option<Arc<Link>>>,
+    /// What to do with a connection.
+    pub connections: Connections,
     /// Rung by streams that have something to send.
     pub wanted: Arc<Notify>,
-    /// Ends everything.
-    pub stop: CancellationToken,
-}
-
-/// How a connection ended.
-enum Ended {
-    /// Receipts had come: the receiver works.
-    AfterReceipts,
-    /// Nothing had come.
-    Early,
-    /// Nobody had anything to say for a while.
-    Idle,
+    /// An error that only a person can mend is the end: a script must not wait for one.
+    pub once: bool,
 }
 
 impl Dialler {
-    /// Runs until stopped. With `--once`, an error that only a person can mend ends it: a script
-    /// must not wait for one.
+    /// Runs until stopped, or until an error where `once` says so.
     pub async fn run(self) -> Result<(), LinkError> {
-        let mut retry = Backoff::new(RETRY.0, RETRY.1);
-        let mut retry_slowly = Backoff::new(RETRY_SLOWLY.0, RETRY_SLOWLY.1);
-        let mut failures = 0;
+        let stop = &self.connections.stop;
+        let mut retry = Retry::new();
         loop {
-            let endpoint = &self.config.to[failures % self.config.to.len()];
+            let endpoint = &self.config.to[retry.failures() % self.config.to.len()];
             let connected = tokio::select! {
-                () = self.stop.cancelled() => return Ok(()),
+                () = stop.cancelled() => return Ok(()),
                 connected = self.connect(endpoint) => connected,
             };
             let delay = match connected {
-                Ok((halves, heartbeat, welcome)) => {
-                    failures = 0;
+                Ok(greeted) => {
+                    retry.connected();
+                    let welcome = &greeted.welcome;
                     info!(receiver = %endpoint.url, name = ?welcome.name, sender = %welcome.sender,
                         "connected");
-                    match self.serve(halves, heartbeat, welcome).await {
+                    let idle_close = self.config.idle_close;
+                    match self.connections.serve(greeted, idle_close, std::future::pending()).await
+                    {
                         Ended::Idle => {
                             info!("closed the idle connection");
                             tokio::select! {
-                                () = self.stop.cancelled() => return Ok(()),
+                                () = stop.cancelled() => return Ok(()),
                                 () = self.wanted.notified() => Duration::ZERO,
                             }
                         }
-                        Ended::AfterReceipts => {
-                            retry.reset();
-                            retry_slowly.reset();
-                            retry.delay()
-                        }
-                        Ended::Early => retry.delay(),
+                        Ended::AfterReceipts => retry.ended(true),
+                        Ended::Early => retry.ended(false),
                     }
                 }
                 Err(error) => {
-                    if self.config.once && error.ends_once() {
+                    if self.once && error.ends_once() {
                         return Err(error);
                     }
                     let slowly = error.needs_a_person();
-                    let delay = match error.retry_after() {
-                        Some(delay) => delay.min(RETRY_SLOWLY.1),
-                        None if slowly => retry_slowly.delay(),
-                        None => retry.delay(),
-                    };
-                    failures += 1;
-                    // The first failures at once, lasting ones now and then.
-                    if slowly || failures.is_power_of_two() {
-                        let retry_in = Duration::from_millis(delay.as_millis() as u64);
-                        warn!(receiver = %endpoint.url, ?retry_in, "{error}");
+                    let Pause { delay, tell } = retry.failed(slowly, error.retry_after());
+                    if tell {
+                        warn!(receiver = %endpoint.url, retry_in = ?delay, "{error}");
                     }
                     delay
                 }
             };
             tokio::select! {
-                () = self.stop.cancelled() => return Ok(()),
+                () = stop.cancelled() => return Ok(()),
                 () = tokio::time::sleep(delay) => {}
             }
         }
     }
 
     /// Dials, says `hello` and hears `welcome`.
-    async fn connect(
-        &self,
-        endpoint: &Endpoint,
-    ) -> Result<((SocketSender, SocketReceiver), Heartbeat, Welcome), LinkError> {
+    async fn connect(&self, endpoint: &Endpoint) -> Result<Greeted, LinkError> {
         let path = &self.config.token_file;
         let token = tokio::fs::read_to_string(path)
             .await
             .map_err(|source| LinkError::TokenFile { path: escape_path(path), source })?;
         let tls = self.tls.clone().filter(|_| endpoint.tls);
         let socket = connect(endpoint, tls, token.trim(), SUBPROTOCOL, CONNECT_TIMEOUT).await?;
-        let heartbeat = socket.heartbeat();
-        let mut halves = socket.split();
-        let hello = Control::Hello(Hello {
-            version: VERSION,
-            features: vec!["zstd".to_owned()],
-            instance: self.instance,
-            agent: concat!("waybill/", env!("CARGO_PKG_VERSION")).to_owned(),
-        });
-        match tokio::time::timeout(WELCOME_TIMEOUT, greet(&mut halves, hello)).await {
-            Ok(Ok(welcome)) => Ok((halves, heartbeat, welcome)),
-            Ok(Err(reason)) => Err(LinkError::Greeting(reason)),
-            Err(_) => Err(LinkError::Greeting("the receiver did not answer hello".to_owned())),
-        }
-    }
-
-    /// Serves one connection until it ends.
-    async fn serve(
-        &self,
-        (to_socket, from_socket): (SocketSender, SocketReceiver),
-        heartbeat: Heartbeat,
-        welcome: Welcome,
-    ) -> Ended {
-        let (link, messages) = Link::new(welcome, self.config.compress);
-        let link = Arc::new(link);
-        self.links.send_replace(Some(link.clone()));
-        let ended = tokio::select! {
-            ended = self.receive(&link, from_socket) => ended,
-            () = transmit(to_socket, messages, heartbeat, self.stop.clone()) => Ended::Early,
-            () = self.idle(&link) => Ended::Idle,
-        };
-        self.links.send_replace(None);
-        link.closed.cancel();
-        ended
-    }
-
-    async fn receive(&self, link: &Link, mut socket: SocketReceiver) -> Ended {
-        let mut receipted = false;
-        loop {
-            let message = match socket.next().await {
-                Some(Ok(message)) => message,
-                Some(Err(error)) => {
-                    warn!(%error, "connection lost");
-                    break;
-                }
-                None => {
-                    info!("the receiver closed the connection");
-                    break;
-                }
-            };
-            match message {
-                Incoming::Text(text) => match Control::decode(&text) {
-                    Ok(Control::Receipt(receipt)) => {
-                        receipted = true;
-                        link.route(receipt.handle, Letter::Receipt(receipt));
-                    }
-                    Ok(Control::Refused(refused)) => {
-                        link.route(refused.handle, Letter::Refused(refused));
-                    }
-                    Ok(Control::Credit { bytes }) => link.grant(bytes),
-                    Ok(Control::Drain(drain)) => {
-                        info!(within = ?drain.within, "the receiver is about to stop");
-                        link.draining.store(true, Ordering::Relaxed);
-                    }
-                    Ok(other) => debug!(?other, "message out of place"),
-                    // A newer receiver may say more than we understand.
-                    Err(error) => debug!(%error, "message not understood"),
-                },
-                Incoming::Close { code, reason } => {
-                    if matches!(code, close::NORMAL | close::GOING_AWAY | close::RESTART) {
-                        info!(code, ?reason, "the receiver closed the connection");
-                    } else {
-                        warn!(code, ?reason, "the receiver closed the connection");
-                    }
-                    break;
-                }
-                Incoming::Binary(_) => debug!("binary message out of place"),
-                Incoming::Ping | Incoming::Pong => {}
-            }
-        }
-        if receipted { Ended::AfterReceipts } else { Ended::Early }
-    }
-
-    /// Ends when nothing was outstanding for as long as the configuration says.
-    async fn idle(&self, link: &Link) {
-        let Some(patience) = self.config.idle_close else { return std::future::pending().await };
-        let is_idle = || link.credit.available_permits() as u64 >= *lock(&link.granted);
-        let mut idle_since = tokio::time::Instant::now();
-        loop {
-            tokio::time::sleep(Duration::from_millis(250).min(patience)).await;
-            if !is_idle() {
-                idle_since = tokio::time::Instant::now();
-            } else if idle_since.elapsed() >= patience {
-                return;
-            }
-        }
-    }
-}
-
-async fn greet(
-    (to_socket, from_socket): &mut (SocketSender, SocketReceiver),
-    hello: Control,
-) -> Result<Welcome, String> {
-    let said = match to_socket.feed(Outgoing::Text(hello.encode())).await {
-        Ok(()) => to_socket.flush().await,
-        Err(error) => Err(error),
-    };
-    said.map_err(|error| error.to_string())?;
-    loop {
-        match from_socket.next().await {
-            Some(Ok(Incoming::Text(text))) => {
-                return match Control::decode(&text) {
-                    Ok(Control::Welcome(welcome)) if welcome.version.abs_diff(VERSION) <= 1 => {
-                        Ok(welcome)
-                    }
-                    Ok(Control::Welcome(welcome)) => Err(format!(
-                        "the receiver speaks version {} and this is version {VERSION}: update the \
-                         older side",
-                        welcome.version
-                    )),
-                    _ => Err("the receiver answered hello with something else".to_owned()),
-                };
-            }
-            Some(Ok(Incoming::Close { code, reason })) => {
-                return Err(format!("the receiver closed with code {code}: {reason:?}"));
-            }
-            Some(Ok(_)) => {}
-            Some(Err(error)) => return Err(error.to_string()),
-            None => return Err("the receiver closed the connection".to_owned()),
-        }
-    }
-}
-
-/// Writes messages and pings; ends when the connection is dead or, having said so, on a stop.
-async fn transmit(
-    mut socket: SocketSender,
-    mut messages: mpsc::Receiver<Outgoing>,
-    mut heartbeat: Heartbeat,
-    stop: CancellationToken,
-) {
-    loop {
-        let message = tokio::select! {
-            message = messages.recv() => match message {
-                Some(message) => message,
-                None => return,
-            },
-            beat = heartbeat.next() => match beat {
-                Beat::Ping => Outgoing::Ping,
-                Beat::Dead => {
-                    warn!("connection lost: the receiver was silent for too long");
-                    return;
-                }
-            },
-            () = stop.cancelled() => {
-                let _ = socket.close(close::GOING_AWAY, "the sender stops").await;
-                return;
-            }
-        };
-        let mut sent = socket.feed(message).await;
-        // All that is there goes out with one flush.
-        while sent.is_ok()
-            && let Ok(message) = messages.try_recv()
-        {
-            sent = socket.feed(message).await;
-        }
-        if let Err(error) = match sent {
-            Ok(()) => socket.flush().await,
-            Err(error) => Err(error),
-        } {
-            warn!(%error, "connection lost");
-            return;
-        }
+        self.connections.greet(socket).await.map_err(LinkError::Greeting)
     }
 }
 

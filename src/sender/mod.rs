@@ -3,9 +3,11 @@
 //! `waybill send` calls [`run`]. Each stream is a task of its own ([`stream`]); they share one
 //! connection ([`link`]) and one durable state. Only a receipt moves a position.
 
+mod connection;
 mod follow;
 mod kept;
 mod link;
+mod listen;
 mod origin;
 mod receipts;
 mod rows;
@@ -25,15 +27,17 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use crate::config::{Input, SendConfig, SourceConfig};
+use crate::config::{ConnectionConfig, Input, SendConfig, SourceConfig};
 use crate::shutdown::Shutdown;
 use crate::spool::{Budget, Spool};
 use crate::state::{State, StateError, machine_identity};
 use crate::telemetry::Progress;
 use crate::tls::{TlsError, client_config};
 
+use connection::Connections;
 use follow::Follower;
 use link::{Dialler, Link, LinkError};
+use listen::{ListenError, Listening};
 use receipts::Receipts;
 use rows::Attributes;
 use spools::{OpenError, SpoolSource};
@@ -73,6 +77,9 @@ pub enum SendError {
         /// From the operating system.
         source: io::Error,
     },
+    /// No receiver can connect.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
     /// With `--once`: the receiver cannot be used before a person mends something.
     #[error("{0}")]
     Link(String),
@@ -196,10 +203,6 @@ pub async fn run(config: SendConfig, shutdown: Shutdown) -> Result<Summary, Send
     if state.was_cloned() {
         warn!("this state directory comes from another machine: new rows opened at its positions");
     }
-    let tls = match config.to.iter().any(|endpoint| endpoint.tls) {
-        true => Some(client_config(config.ca.as_deref())?),
-        false => None,
-    };
     let (receipts, receipts_thread) = match &config.receipts {
         Some(target) => {
             let (receipts, thread) = Receipts::open(target)
@@ -240,20 +243,19 @@ pub async fn run(config: SendConfig, shutdown: Shutdown) -> Result<Summary, Send
         stopping: shutdown.token(),
         ending: ending.clone(),
     });
-    let dialler = Dialler {
-        config: config.clone(),
-        tls,
+    let connections = Connections {
         instance: state.instance(),
+        compress: config.compress,
         links: links_sender,
-        wanted,
         stop: ending.clone(),
     };
+    let connector = Connector::new(&config, connections, wanted)?;
     let saver = Saver {
         context: context.clone(),
         spools: spooled.iter().map(SpoolSource::spool).collect(),
         said: Mutex::default(),
     };
-    let complete = drive(&context, &sources, spooled, dialler, &saver).await;
+    let complete = drive(&context, &sources, spooled, connector, &saver).await;
     ending.cancel();
     saver.save().await;
     let summary = context.totals.summary(*complete.as_ref().unwrap_or(&false));
@@ -264,12 +266,51 @@ pub async fn run(config: SendConfig, shutdown: Shutdown) -> Result<Summary, Send
     complete.map_err(|error| SendError::Link(error.to_string())).map(|_| summary)
 }
 
+/// What comes to a connection with a receiver, over and over.
+enum Connector {
+    Dial(Dialler),
+    Listen(Listening),
+}
+
+impl Connector {
+    fn new(
+        config: &SendConfig,
+        connections: Connections,
+        wanted: Arc<Notify>,
+    ) -> Result<Connector, SendError> {
+        let once = config.once;
+        match config.connection.clone() {
+            ConnectionConfig::Dial(config) => {
+                let tls = match config.to.iter().any(|endpoint| endpoint.tls) {
+                    true => Some(client_config(config.ca.as_deref())?),
+                    false => None,
+                };
+                Ok(Connector::Dial(Dialler { config, tls, connections, wanted, once }))
+            }
+            ConnectionConfig::Listen(config) => {
+                Ok(Connector::Listen(Listening::open(config, connections)?))
+            }
+        }
+    }
+
+    /// Until stopped, or until an error that only a person can mend, with `--once`.
+    async fn run(self) -> Result<(), LinkError> {
+        match self {
+            Connector::Dial(dialler) => dialler.run().await,
+            Connector::Listen(listening) => {
+                listening.run().await;
+                Ok(())
+            }
+        }
+    }
+}
+
 /// Runs sources and connection side by side until the sources are done or the drain is over.
 async fn drive(
     context: &Arc<Context>,
     sources: &[Arc<Attributes>],
     spooled: Vec<SpoolSource>,
-    dialler: Dialler,
+    connector: Connector,
     saver: &Saver,
 ) -> Result<bool, LinkError> {
     let files = sources.len() - spooled.len();
@@ -280,8 +321,8 @@ async fn drive(
     if files > 0 {
         work.spawn(Follower::new(context.clone(), sources).run());
     }
-    let mut dialling = tokio::spawn(dialler.run());
-    let mut dialling_ended = false;
+    let mut connecting = tokio::spawn(connector.run());
+    let mut connecting_ended = false;
     let mut saving = tokio::time::interval(SAVE_INTERVAL);
     let deadline = async {
         context.stopping.cancelled().await;
@@ -306,8 +347,8 @@ async fn drive(
                 complete = false;
                 context.ending.cancel();
             }
-            ended = &mut dialling, if !dialling_ended => {
-                dialling_ended = true;
+            ended = &mut connecting, if !connecting_ended => {
+                connecting_ended = true;
                 match ended {
                     Ok(Ok(())) => {}
                     Ok(Err(error)) => refusal = Some(error),
@@ -329,9 +370,9 @@ async fn drive(
     }
     progress.finish();
     context.ending.cancel();
-    if !dialling_ended {
+    if !connecting_ended {
         // Lets the close frame out; a receiver that does not answer holds up nobody.
-        let _ = tokio::time::timeout(Duration::from_secs(2), dialling).await;
+        let _ = tokio::time::timeout(Duration::from_secs(2), connecting).await;
     }
     match refusal {
         Some(error) => Err(error),

@@ -60,7 +60,7 @@ pub enum ConnectError {
         source: io::Error,
     },
     /// No address took the connection.
-    #[error("{address} does not answer: {source}; is the receiver up, and the port open?")]
+    #[error("{address} does not answer: {source}; is it up, and the port open?")]
     Unreachable {
         /// The last address tried.
         address: String,
@@ -83,10 +83,10 @@ pub enum ConnectError {
         /// Which kind of failure, and what to do.
         fault: TlsFault,
     },
-    /// The receiver, or a proxy before it, said no.
+    /// The other side, or a proxy before it, said no.
     #[error("refused with HTTP status {status}{}", advice(*.status, .body))]
     Refused {
-        /// HTTP status: 401, 403, 429 and 503 are a receiver's own.
+        /// HTTP status: 401, 403, 429 and 503 are Waybill's own.
         status: u16,
         /// When the server asks for the next attempt.
         retry_after: Option<Duration>,
@@ -104,7 +104,7 @@ pub enum ConnectError {
         /// Where to, printable.
         location: String,
     },
-    /// Something answers there that is no Waybill receiver.
+    /// Something answers there that is not Waybill.
     #[error("{reason} (HTTP status {status}{}); check host and path", quoted(.body))]
     NotWaybill {
         /// HTTP status.
@@ -114,7 +114,7 @@ pub enum ConnectError {
         /// The start of the body, printable.
         body: String,
     },
-    /// The receiver does not speak our subprotocol.
+    /// The other side does not speak our subprotocol.
     #[error("the server does not speak {wanted}: it chose {chosen:?}")]
     Subprotocol {
         /// What was asked for.
@@ -125,6 +125,29 @@ pub enum ConnectError {
     /// The connection broke within the upgrade, or the answer is not HTTP.
     #[error("the HTTP upgrade broke off: {0}")]
     Broken(#[source] hyper::Error),
+}
+
+impl ConnectError {
+    /// Whether trying again is of no use before a person mends something.
+    pub fn needs_a_person(&self) -> bool {
+        matches!(
+            self,
+            ConnectError::Token
+                | ConnectError::Endpoint { .. }
+                | ConnectError::Tls { .. }
+                | ConnectError::Refused { status: 401 | 403, .. }
+                | ConnectError::Redirected { .. }
+                | ConnectError::Subprotocol { .. }
+        )
+    }
+
+    /// What the other side asks us to wait.
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            ConnectError::Refused { retry_after, .. } => *retry_after,
+            _ => None,
+        }
+    }
 }
 
 /// Which way TLS failed.
@@ -353,7 +376,7 @@ async fn refusal(response: Response<Body>) -> ConnectError {
             ConnectError::NotWaybill { status: code, reason, body }
         }
         _ if matches!(code, 404 | 405 | 426) => {
-            let reason = "there is no Waybill receiver at this path";
+            let reason = "there is no Waybill at this path";
             ConnectError::NotWaybill { status: code, reason, body }
         }
         _ => ConnectError::Refused { status: code, retry_after, body },
@@ -392,10 +415,10 @@ fn quoted(body: &str) -> String {
 fn advice(status: u16, body: &str) -> String {
     let advice = match status {
         401 => "the token is unknown, expired or revoked: ask for one with `waybill token`",
-        403 => "a proxy or the receiver forbids this request",
+        403 => "a proxy or the server itself forbids this request",
         429 => "this token has too many connections open",
-        503 => "the receiver is starting or stopping",
-        502 | 504 => "the proxy does not reach the receiver",
+        503 => "it is starting, stopping, or has a connection already",
+        502 | 504 => "the proxy does not reach what is behind it",
         _ => "",
     };
     let separator = if advice.is_empty() { "" } else { "; " };

@@ -111,6 +111,12 @@ impl Request {
         self.head.headers.contains_key(name)
     }
 
+    /// The token that the peer presents (RFC 6750 §2.1).
+    pub fn bearer(&self) -> Option<&str> {
+        let (scheme, token) = self.header("authorization")?.split_once(' ')?;
+        scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
+    }
+
     /// Whether the peer offers this subprotocol (RFC 6455 §4.1, point 10).
     pub fn offers(&self, subprotocol: &str) -> bool {
         self.names("sec-websocket-protocol").any(|name| name == subprotocol)
@@ -151,6 +157,11 @@ impl Refuse {
     /// Without `Retry-After`.
     pub fn new(status: u16, body: impl Into<String>) -> Refuse {
         Refuse { status, body: body.into(), retry_after: None }
+    }
+
+    /// With it: waiting helps.
+    pub fn later(status: u16, body: impl Into<String>, after: Duration) -> Refuse {
+        Refuse { retry_after: Some(after), ..Refuse::new(status, body) }
     }
 }
 
@@ -222,8 +233,8 @@ enum Bound {
     Tcp(TcpListener),
     Unix {
         listener: UnixListener,
-        /// Held for its `Drop`.
-        _file: SocketFile,
+        /// Held for its `Drop`, too.
+        file: SocketFile,
     },
 }
 
@@ -259,6 +270,17 @@ impl Listener {
         match &self.socket {
             Bound::Tcp(listener) => listener.local_addr().ok(),
             Bound::Unix { .. } => None,
+        }
+    }
+
+    /// The address for people: `HOST:PORT` or `unix:PATH`.
+    pub fn address(&self) -> String {
+        match &self.socket {
+            Bound::Tcp(listener) => match listener.local_addr() {
+                Ok(address) => address.to_string(),
+                Err(error) => format!("an address that cannot be told ({error})"),
+            },
+            Bound::Unix { file, .. } => format!("unix:{}", file.path.display()),
         }
     }
 
@@ -340,7 +362,7 @@ fn bind_unix(path: &Path) -> Result<Bound, BindError> {
     let inode = std::fs::symlink_metadata(path).map_err(fault)?.ino();
     let file = SocketFile { path: path.to_owned(), inode };
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(SOCKET_MODE)).map_err(fault)?;
-    Ok(Bound::Unix { listener, _file: file })
+    Ok(Bound::Unix { listener, file })
 }
 
 /// Removes a socket file behind which nobody answers; false where the path is something else.

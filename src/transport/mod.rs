@@ -7,12 +7,14 @@
 mod connect;
 mod heartbeat;
 mod listen;
+mod retry;
 mod socket;
 mod stream;
 
 pub use connect::{ConnectError, TlsFault, connect};
 pub use heartbeat::{Beat, Heartbeat};
 pub use listen::{Answer, BindError, Handler, Listener, Peer, Refuse, Request};
+pub use retry::{Pause, Retry};
 pub use socket::{Incoming, Outgoing, Socket, SocketError, SocketReceiver, SocketSender, Text};
 
 /// Close codes that Waybill uses (RFC 6455 §7.4.1 and the IANA registry).

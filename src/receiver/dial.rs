@@ -1,0 +1,146 @@
+//! Senders that are dialled, because this receiver is in a private network and they are not.
+//!
+//! A task for each. The sender is who its certificate says, under the entry of the tokens file that
+//! the configuration gives its address; no token leaves before that certificate was checked.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use thiserror::Error;
+use tokio::sync::watch;
+use tracing::{info, warn};
+
+use super::connection::{self, Ended};
+use super::gate::{Accepted, Proof};
+use super::session::Sender;
+use super::{Receiver, Tokens};
+use crate::config::DialledSender;
+use crate::protocol::SUBPROTOCOL;
+use crate::record::escape_path;
+use crate::tls::{ClientConfig, TlsError, client_config};
+use crate::transport::{ConnectError, Pause, Retry, Socket, connect};
+
+/// How long a connection attempt may take, from name to upgrade.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// One sender and how it is dialled.
+#[derive(Debug)]
+pub struct Dial {
+    config: DialledSender,
+    /// For `wss://`.
+    tls: Option<Arc<ClientConfig>>,
+}
+
+#[derive(Debug, Error)]
+enum DialError {
+    #[error("token file {path}: {source}; mint a token at the sender with `waybill token NAME`")]
+    TokenFile { path: String, source: std::io::Error },
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+}
+
+impl DialError {
+    fn needs_a_person(&self) -> bool {
+        match self {
+            DialError::TokenFile { .. } => true,
+            DialError::Connect(error) => error.needs_a_person(),
+        }
+    }
+
+    fn retry_after(&self) -> Option<Duration> {
+        match self {
+            DialError::TokenFile { .. } => None,
+            DialError::Connect(error) => error.retry_after(),
+        }
+    }
+}
+
+impl Dial {
+    /// Reads the authorities to trust.
+    pub fn new(config: DialledSender) -> Result<Dial, TlsError> {
+        let tls = match config.endpoint.tls {
+            true => Some(client_config(config.ca.as_deref())?),
+            false => None,
+        };
+        Ok(Dial { config, tls })
+    }
+
+    /// Dials until the shutdown; a connection that is there then is drained.
+    pub(super) async fn run(self, receiver: Arc<Receiver>) {
+        let shutdown = receiver.shutdown.clone();
+        let DialledSender { name, endpoint, .. } = &self.config;
+        let mut tokens = receiver.tokens.clone();
+        let mut retry = Retry::new();
+        loop {
+            let attempt = async {
+                let sender = entry(&mut tokens, name, &receiver.tokens_file).await;
+                self.connect().await.map(|socket| (sender, socket))
+            };
+            let attempt = tokio::select! {
+                () = shutdown.requested() => return,
+                attempt = attempt => attempt,
+            };
+            let delay = match attempt {
+                Ok((sender, socket)) => {
+                    retry.connected();
+                    info!(sender = ?name, url = %endpoint.url, "dialled");
+                    let accepted = Accepted {
+                        sender,
+                        proof: Proof::Address,
+                        peer: endpoint.url.clone(),
+                        _slot: None,
+                    };
+                    match connection::serve(Arc::clone(&receiver), accepted, socket).await {
+                        Ended::AfterReceipts => retry.ended(true),
+                        Ended::Early => retry.ended(false),
+                        Ended::SentAway => retry.failed(true, None).delay,
+                    }
+                }
+                Err(error) => {
+                    let slowly = error.needs_a_person();
+                    let Pause { delay, tell } = retry.failed(slowly, error.retry_after());
+                    if tell {
+                        warn!(sender = ?name, url = %endpoint.url, retry_in = ?delay, "{error}");
+                    }
+                    delay
+                }
+            };
+            tokio::select! {
+                () = shutdown.requested() => return,
+                () = tokio::time::sleep(delay) => {}
+            }
+        }
+    }
+
+    async fn connect(&self) -> Result<Socket, DialError> {
+        let path = &self.config.token_file;
+        let token = tokio::fs::read_to_string(path)
+            .await
+            .map_err(|source| DialError::TokenFile { path: escape_path(path), source })?;
+        let (endpoint, tls) = (&self.config.endpoint, self.tls.clone());
+        Ok(connect(endpoint, tls, token.trim(), SUBPROTOCOL, CONNECT_TIMEOUT).await?)
+    }
+}
+
+/// Waits for a valid entry of this name, and says so. Dropping the future loses nothing.
+async fn entry(tokens: &mut watch::Receiver<Arc<Tokens>>, name: &str, file: &Path) -> Sender {
+    let mut waits = false;
+    loop {
+        if let Some(entry) = tokens.borrow_and_update().named(name, Timestamp::now()) {
+            return Sender::of(entry);
+        }
+        if !std::mem::replace(&mut waits, true) {
+            warn!(
+                sender = ?name, ?file,
+                "not dialled: no valid entry has this name; `waybill token NAME --tokens FILE` \
+                 makes one"
+            );
+        }
+        if tokens.changed().await.is_err() {
+            // Nobody looks at the file any more: this process ends.
+            std::future::pending::<()>().await;
+        }
+    }
+}

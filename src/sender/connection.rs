@@ -1,0 +1,275 @@
+//! One connection with a receiver, whichever side opened it: greeted, used, kept alive, closed.
+
+use std::future::Future;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+use uuid::Uuid;
+
+use super::link::{Letter, Link};
+use crate::protocol::{Control, Hello, VERSION, Welcome};
+use crate::transport::{
+    Beat, Heartbeat, Incoming, Outgoing, Socket, SocketError, SocketReceiver, SocketSender, close,
+};
+
+/// How long a receiver may take to answer `hello`.
+const WELCOME_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How long a receiver may take to answer a close frame.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Makes links of sockets.
+pub struct Connections {
+    /// Identity of the state directory.
+    pub instance: Uuid,
+    /// Compress frames where the receiver can.
+    pub compress: bool,
+    /// Where each link is published, and `None` while there is none.
+    pub links: watch::Sender<Option<Arc<Link>>>,
+    /// Ends everything.
+    pub stop: CancellationToken,
+}
+
+/// A connection on which both sides have introduced themselves.
+pub struct Greeted {
+    /// What the receiver said.
+    pub welcome: Welcome,
+    to_socket: SocketSender,
+    from_socket: SocketReceiver,
+    heartbeat: Heartbeat,
+}
+
+/// How a connection ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Ended {
+    /// Receipts had come: the receiver works.
+    AfterReceipts,
+    /// Nothing had come.
+    Early,
+    /// Nobody had anything to say for a while.
+    Idle,
+}
+
+/// Why this side closes: a code of RFC 6455 §7.4.1, and a word for the peer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Close {
+    /// The code.
+    pub code: u16,
+    /// The word.
+    pub reason: &'static str,
+}
+
+impl Connections {
+    /// Says `hello` and hears `welcome`; the error says why there is no understanding.
+    pub async fn greet(&self, socket: Socket) -> Result<Greeted, String> {
+        let heartbeat = socket.heartbeat();
+        let (mut to_socket, mut from_socket) = socket.split();
+        let hello = Control::Hello(Hello {
+            version: VERSION,
+            features: vec!["zstd".to_owned()],
+            instance: self.instance,
+            agent: concat!("waybill/", env!("CARGO_PKG_VERSION")).to_owned(),
+        });
+        let greeting = greet(&mut to_socket, &mut from_socket, hello);
+        match tokio::time::timeout(WELCOME_TIMEOUT, greeting).await {
+            Ok(welcome) => Ok(Greeted { welcome: welcome?, to_socket, from_socket, heartbeat }),
+            Err(_) => Err("the receiver did not answer hello".to_owned()),
+        }
+    }
+
+    /// Serves one connection until it ends, or is closed: on a stop, when `close` says so, and when
+    /// nothing was outstanding for as long as `idle_close` says.
+    pub async fn serve(
+        &self,
+        greeted: Greeted,
+        idle_close: Option<Duration>,
+        close: impl Future<Output = Close>,
+    ) -> Ended {
+        let Greeted { welcome, to_socket, from_socket, heartbeat } = greeted;
+        let (link, messages) = Link::new(welcome, self.compress);
+        let link = Arc::new(link);
+        self.links.send_replace(Some(link.clone()));
+        let close = async {
+            let close = tokio::select! {
+                () = self.stop.cancelled() => {
+                    Close { code: close::GOING_AWAY, reason: "the sender stops" }
+                }
+                close = close => close,
+            };
+            self.retract(&link);
+            close
+        };
+        let ended = tokio::select! {
+            ended = receive(&link, from_socket) => ended,
+            () = transmit(to_socket, messages, heartbeat, close) => Ended::Early,
+            () = idle(&link, idle_close) => Ended::Idle,
+        };
+        self.retract(&link);
+        ended
+    }
+
+    fn retract(&self, link: &Link) {
+        self.links.send_replace(None);
+        link.closed.cancel();
+    }
+}
+
+async fn receive(link: &Link, mut socket: SocketReceiver) -> Ended {
+    let mut receipted = false;
+    loop {
+        let message = match socket.next().await {
+            Some(Ok(message)) => message,
+            Some(Err(error)) => {
+                warn!(%error, "connection lost");
+                break;
+            }
+            None => {
+                info!("the receiver closed the connection");
+                break;
+            }
+        };
+        match message {
+            Incoming::Text(text) => match Control::decode(&text) {
+                Ok(Control::Receipt(receipt)) => {
+                    receipted = true;
+                    link.route(receipt.handle, Letter::Receipt(receipt));
+                }
+                Ok(Control::Refused(refused)) => {
+                    link.route(refused.handle, Letter::Refused(refused));
+                }
+                Ok(Control::Credit { bytes }) => link.grant(bytes),
+                Ok(Control::Drain(drain)) => {
+                    info!(within = ?drain.within, "the receiver is about to stop");
+                    link.draining.store(true, Ordering::Relaxed);
+                }
+                Ok(other) => debug!(?other, "message out of place"),
+                // A newer receiver may say more than we understand.
+                Err(error) => debug!(%error, "message not understood"),
+            },
+            Incoming::Close { code, reason } => {
+                if matches!(code, close::NORMAL | close::GOING_AWAY | close::RESTART) {
+                    info!(code, ?reason, "the receiver closed the connection");
+                } else {
+                    warn!(code, ?reason, "the receiver closed the connection");
+                }
+                break;
+            }
+            Incoming::Binary(_) => debug!("binary message out of place"),
+            Incoming::Ping | Incoming::Pong => {}
+        }
+    }
+    if receipted { Ended::AfterReceipts } else { Ended::Early }
+}
+
+/// Ends when nothing was outstanding for so long.
+async fn idle(link: &Link, patience: Option<Duration>) {
+    let Some(patience) = patience else { return std::future::pending().await };
+    let mut idle_since = tokio::time::Instant::now();
+    loop {
+        tokio::time::sleep(Duration::from_millis(250).min(patience)).await;
+        if !link.is_idle() {
+            idle_since = tokio::time::Instant::now();
+        } else if idle_since.elapsed() >= patience {
+            return;
+        }
+    }
+}
+
+async fn greet(
+    to_socket: &mut SocketSender,
+    from_socket: &mut SocketReceiver,
+    hello: Control,
+) -> Result<Welcome, String> {
+    let said = match to_socket.feed(Outgoing::Text(hello.encode())).await {
+        Ok(()) => to_socket.flush().await,
+        Err(error) => Err(error),
+    };
+    said.map_err(|error| error.to_string())?;
+    loop {
+        match from_socket.next().await {
+            Some(Ok(Incoming::Text(text))) => {
+                return match Control::decode(&text) {
+                    Ok(Control::Welcome(welcome)) if welcome.version.abs_diff(VERSION) <= 1 => {
+                        Ok(welcome)
+                    }
+                    Ok(Control::Welcome(welcome)) => Err(format!(
+                        "the receiver speaks version {} and this is version {VERSION}: update the \
+                         older side",
+                        welcome.version
+                    )),
+                    _ => Err("the receiver answered hello with something else".to_owned()),
+                };
+            }
+            Some(Ok(Incoming::Close { code, reason })) => {
+                return Err(format!("the receiver closed with code {code}: {reason:?}"));
+            }
+            Some(Ok(_)) => {}
+            Some(Err(error)) => return Err(error.to_string()),
+            None => return Err("the receiver closed the connection".to_owned()),
+        }
+    }
+}
+
+/// Writes messages and pings; ends when the connection is dead or, having said so, on a close. A
+/// write that goes nowhere holds up neither.
+async fn transmit(
+    mut socket: SocketSender,
+    mut messages: mpsc::Receiver<Outgoing>,
+    mut heartbeat: Heartbeat,
+    close: impl Future<Output = Close>,
+) {
+    let mut close = pin!(close);
+    let closing = loop {
+        let message = tokio::select! {
+            message = messages.recv() => match message {
+                Some(message) => message,
+                None => return,
+            },
+            beat = heartbeat.next() => match beat {
+                Beat::Ping => Outgoing::Ping,
+                Beat::Dead => return warn!("connection lost: the receiver was silent for too long"),
+            },
+            close = &mut close => break close,
+        };
+        let written = tokio::select! {
+            written = write(&mut socket, message, &mut messages) => written,
+            () = dead(&mut heartbeat) => {
+                return warn!("connection lost: the receiver was silent for too long");
+            }
+            close = &mut close => break close,
+        };
+        if let Err(error) = written {
+            return warn!(%error, "connection lost");
+        }
+    };
+    // The reading half ends with the peer's answer. Before that the connection must not be
+    // dropped: with unread bytes it is reset, and a reset loses the close frame.
+    let farewell = async {
+        let _ = socket.close(closing.code, closing.reason).await;
+        std::future::pending::<()>().await;
+    };
+    let _ = tokio::time::timeout(CLOSE_TIMEOUT, farewell).await;
+}
+
+/// Sends what is there with one flush.
+async fn write(
+    socket: &mut SocketSender,
+    message: Outgoing,
+    messages: &mut mpsc::Receiver<Outgoing>,
+) -> Result<(), SocketError> {
+    socket.feed(message).await?;
+    while let Ok(message) = messages.try_recv() {
+        socket.feed(message).await?;
+    }
+    socket.flush().await
+}
+
+/// Who takes nothing needs no ping.
+async fn dead(heartbeat: &mut Heartbeat) {
+    while heartbeat.next().await != Beat::Dead {}
+}
