@@ -104,6 +104,8 @@ impl Send {
             to: flags("--to", self.to),
             token_file: flag("--token-file", self.token_file.map(|path| base.join(path))),
             ca: flag("--ca", self.ca.map(|path| base.join(path))),
+            proxy: flag("--proxy", self.proxy),
+            rate_limit: flag("--rate-limit", self.rate_limit),
             state_dir: flag("--state-dir", self.state_dir.map(|path| base.join(path))),
             sources: inputs
                 .into_iter()

@@ -15,6 +15,7 @@ mod check;
 mod environment;
 mod file;
 mod problem;
+mod proxy;
 mod receive;
 mod send;
 mod source;
@@ -26,6 +27,7 @@ mod tests;
 pub use check::{LogConfig, LogFormat, LogLayer, LogLevel};
 pub use environment::Environment;
 pub use problem::{At, ConfigError, Place, Problem};
+pub use proxy::{Proxy, ProxySetting, proxy};
 pub use receive::{
     DEAD_LETTER_INDEX, ElasticsearchLayer, ReceiveLayer, StoreLayer, default_store,
     load_elasticsearch, load_receive,
@@ -63,6 +65,8 @@ pub struct SendConfig {
     pub receipts: Option<ReceiptsTarget>,
     /// Compress frames with zstd where the receiver can.
     pub compress: bool,
+    /// Most bytes per second that a connection writes.
+    pub rate_limit: Option<u64>,
     /// Close a connection that was idle for so long; `None` keeps it.
     pub idle_close: Option<Duration>,
     /// How long a stop waits for outstanding receipts.
@@ -177,6 +181,8 @@ pub struct Endpoint {
     pub host: String,
     /// Path and query of the request, starting with `/`.
     pub path: String,
+    /// Through which proxy it is reached.
+    pub proxy: Option<Proxy>,
 }
 
 /// Where a connection goes.

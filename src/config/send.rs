@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::check::{self, LogLayer};
 use super::file::{File, Table};
 use super::problem::{At, ConfigError, Findings, Place};
+use super::proxy::{self, ProxySetting};
 use super::source::{self, SourceLayer};
 use super::value;
 use super::{
@@ -23,6 +24,9 @@ pub const DISK_BYTES_MAX: u64 = 1 << 30;
 /// A spool must take at least a few of the largest records.
 const SPOOL_BYTES_MIN: u64 = 4 << 20;
 
+/// Below it even a ping would wait for seconds.
+const RATE_LIMIT_MIN: u64 = 1 << 10;
+
 /// Settings of `waybill send` as typed in one place; paths are absolute.
 #[derive(Clone, Debug, Default)]
 pub struct SendLayer {
@@ -32,6 +36,10 @@ pub struct SendLayer {
     pub token_file: Option<At<PathBuf>>,
     /// `--ca`, `ca`.
     pub ca: Option<At<PathBuf>>,
+    /// `--proxy`, `proxy`.
+    pub proxy: Option<At<ProxySetting>>,
+    /// `--rate-limit`, `rate_limit`.
+    pub rate_limit: Option<At<u64>>,
     /// `--state-dir`, `state_dir`.
     pub state_dir: Option<At<PathBuf>>,
     /// Files and sockets, `[[source]]`.
@@ -64,6 +72,8 @@ impl SendLayer {
             to: source::either(self.to, under.to),
             token_file: self.token_file.or(under.token_file),
             ca: self.ca.or(under.ca),
+            proxy: self.proxy.or(under.proxy),
+            rate_limit: self.rate_limit.or(under.rate_limit),
             state_dir: self.state_dir.or(under.state_dir),
             sources: source::either(self.sources, under.sources),
             once: self.once || under.once,
@@ -83,6 +93,8 @@ impl SendLayer {
             to: table.list("to", value::endpoint),
             token_file: table.path("token_file"),
             ca: table.path("ca"),
+            proxy: table.text("proxy", proxy::proxy),
+            rate_limit: table.size("rate_limit"),
             state_dir: table.path("state_dir"),
             sources: table.tables("source", "source.", SourceLayer::read),
             once: false,
@@ -130,10 +142,19 @@ fn check(
 ) -> Result<Loaded<SendConfig>, ConfigError> {
     let log = layer.log.check();
     let plain_allowed = layer.insecure_plaintext.as_ref().is_some_and(|at| at.value);
-    for endpoint in &layer.to {
+    let mut to = layer.to;
+    for endpoint in &mut to {
         check_endpoint(endpoint, plain_allowed, &mut findings);
+        match proxy::choose(layer.proxy.as_ref().map(|at| &at.value), &endpoint.value, environment)
+        {
+            Ok(proxy) => endpoint.value.proxy = proxy,
+            Err(message) => findings.problem(&endpoint.place, message),
+        }
     }
-    if layer.to.is_empty() {
+    if let Some(at) = layer.rate_limit.as_ref().filter(|at| at.value < RATE_LIMIT_MIN) {
+        findings.problem(&at.place, "must be at least 1KiB, per second");
+    }
+    if to.is_empty() {
         findings.missing("to", "no receiver: give --to wss://HOST/, or 'to' in the file");
     }
     match &layer.token_file {
@@ -163,7 +184,7 @@ fn check(
     let receipts_on_terminal =
         receipts == Some(ReceiptsTarget::Stdout) && environment.stdout_is_terminal;
     let config = state_dir.map(|state_dir| SendConfig {
-        to: layer.to.into_iter().map(|at| at.value).collect(),
+        to: to.into_iter().map(|at| at.value).collect(),
         // A missing one was found above, so that this configuration never leaves `finish`.
         token_file: layer.token_file.map(|at| at.value).unwrap_or_default(),
         ca: layer.ca.map(|at| at.value),
@@ -172,6 +193,7 @@ fn check(
         once: layer.once,
         receipts,
         compress: layer.compress.is_some_and(|at| at.value),
+        rate_limit: layer.rate_limit.map(|at| at.value),
         idle_close: layer.idle_close.map(|at| at.value),
         drain_timeout: layer.drain_timeout.map_or(DRAIN_TIMEOUT, |at| at.value),
         spool_bytes_max: layer.spool_bytes_max.map_or(DISK_BYTES_MAX, |at| at.value),

@@ -32,6 +32,9 @@ const WELCOME_TIMEOUT: Duration = Duration::from_secs(20);
 /// Messages between streams and the socket: enough to keep it busy, few enough to stay small.
 const OUTGOING_MAX: usize = 4;
 
+/// What a WebSocket frame (RFC 6455 §5.2) and a TLS record add to a message, about.
+const FRAME_OVERHEAD_BYTES: usize = 36;
+
 /// How fast attempts follow each other after a lost connection.
 const RETRY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(15));
 
@@ -186,6 +189,7 @@ impl LinkError {
                     | ConnectError::Endpoint { .. }
                     | ConnectError::Tls { .. }
                     | ConnectError::Refused { status: 401 | 403, .. }
+                    | ConnectError::ProxyRefused { status: 401 | 403 | 405 | 407, .. }
                     | ConnectError::Redirected { .. }
                     | ConnectError::Subprotocol { .. }
             ),
@@ -329,9 +333,10 @@ impl Dialler {
         let (link, messages) = Link::new(welcome, self.config.compress);
         let link = Arc::new(link);
         self.links.send_replace(Some(link.clone()));
+        let pace = Pace::new(self.config.rate_limit);
         let ended = tokio::select! {
             ended = self.receive(&link, from_socket) => ended,
-            () = transmit(to_socket, messages, heartbeat, self.stop.clone()) => Ended::Early,
+            () = transmit(to_socket, messages, heartbeat, pace, self.stop.clone()) => Ended::Early,
             () = self.idle(&link) => Ended::Idle,
         };
         self.links.send_replace(None);
@@ -441,11 +446,16 @@ async fn transmit(
     mut socket: SocketSender,
     mut messages: mpsc::Receiver<Outgoing>,
     mut heartbeat: Heartbeat,
+    mut pace: Pace,
     stop: CancellationToken,
 ) {
     loop {
+        let next = async {
+            pace.ready().await;
+            messages.recv().await
+        };
         let message = tokio::select! {
-            message = messages.recv() => match message {
+            message = next => match message {
                 Some(message) => message,
                 None => return,
             },
@@ -461,11 +471,14 @@ async fn transmit(
                 return;
             }
         };
+        pace.spend(&message);
         let mut sent = socket.feed(message).await;
         // All that is there goes out with one flush.
         while sent.is_ok()
+            && pace.is_ready()
             && let Ok(message) = messages.try_recv()
         {
+            pace.spend(&message);
             sent = socket.feed(message).await;
         }
         if let Err(error) = match sent {
@@ -475,6 +488,41 @@ async fn transmit(
             warn!(%error, "connection lost");
             return;
         }
+    }
+}
+
+/// Spreads what is written over time. Pings do not wait for it.
+struct Pace {
+    /// Bytes per second.
+    limit: Option<u64>,
+    /// When what was written is paid for.
+    ready_at: tokio::time::Instant,
+}
+
+impl Pace {
+    fn new(limit: Option<u64>) -> Pace {
+        Pace { limit, ready_at: tokio::time::Instant::now() }
+    }
+
+    async fn ready(&self) {
+        if self.limit.is_some() {
+            tokio::time::sleep_until(self.ready_at).await;
+        }
+    }
+
+    fn is_ready(&self) -> bool {
+        self.limit.is_none() || self.ready_at <= tokio::time::Instant::now()
+    }
+
+    fn spend(&mut self, message: &Outgoing) {
+        let Some(limit) = self.limit else { return };
+        let bytes = match message {
+            Outgoing::Text(text) => text.len(),
+            Outgoing::Binary(bytes) => bytes.len(),
+            Outgoing::Ping => 0,
+        };
+        let cost = Duration::from_secs_f64((bytes + FRAME_OVERHEAD_BYTES) as f64 / limit as f64);
+        self.ready_at = self.ready_at.max(tokio::time::Instant::now()) + cost;
     }
 }
 
