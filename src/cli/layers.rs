@@ -116,6 +116,8 @@ impl Send {
             tls_cert: flag("--tls-cert", self.tls_cert.map(|path| base.join(path))),
             tls_key: flag("--tls-key", self.tls_key.map(|path| base.join(path))),
             tokens: flag("--tokens", self.tokens.map(|path| base.join(path))),
+            proxy: flag("--proxy", self.proxy),
+            rate_limit: flag("--rate-limit", self.rate_limit),
             state_dir: flag("--state-dir", self.state_dir.map(|path| base.join(path))),
             sources: inputs
                 .into_iter()

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::config::{Endpoint, Listen, LogFormat, LogLevel, Start, value};
+use crate::config::{Endpoint, Listen, LogFormat, LogLevel, ProxySetting, Start, proxy, value};
 use crate::record::{Format, IndexRule, TypeName};
 
 /// The whole command line.
@@ -113,6 +113,13 @@ pub struct Send {
     /// PEM file of the authorities to trust instead of this machine's own
     #[arg(long, value_name = "PEM", help_heading = "Receiver")]
     pub ca: Option<PathBuf>,
+    /// HTTP proxy to pass through by CONNECT, or none; never for loopback [default: HTTPS_PROXY,
+    /// ALL_PROXY and NO_PROXY, as curl reads them]
+    #[arg(long, value_name = "URL|none", value_parser = proxy, help_heading = "Receiver")]
+    pub proxy: Option<ProxySetting>,
+    /// Most bytes per second to write, such as 64KiB, for a thin line [default: no limit]
+    #[arg(long, value_name = "SIZE", value_parser = value::size, help_heading = "Receiver")]
+    pub rate_limit: Option<u64>,
     /// Compress frames with zstd where the receiver can: saves traffic, costs processor time
     #[arg(long, help_heading = "Receiver")]
     pub compress: bool,

@@ -15,6 +15,14 @@ pub struct Environment {
     pub xdg_state_home: Option<OsString>,
     /// `$HOME`.
     pub home: Option<OsString>,
+    /// `$HTTPS_PROXY` or `$https_proxy`; may hold a password.
+    pub https_proxy: Option<String>,
+    /// `$HTTP_PROXY` or `$http_proxy`.
+    pub http_proxy: Option<String>,
+    /// `$ALL_PROXY` or `$all_proxy`.
+    pub all_proxy: Option<String>,
+    /// `$NO_PROXY` or `$no_proxy`.
+    pub no_proxy: Option<String>,
     /// The effective user is root.
     pub is_root: bool,
     /// Where relative paths of the command line start.
@@ -30,8 +38,15 @@ pub struct Environment {
 impl Environment {
     /// This process's own.
     pub fn of_process() -> Environment {
-        let set = |name| std::env::var_os(name).filter(|value| !value.is_empty());
+        let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
+        let either = |upper: &str, lower: &str| {
+            set(upper).or_else(|| set(lower)).and_then(|value| value.into_string().ok())
+        };
         Environment {
+            https_proxy: either("HTTPS_PROXY", "https_proxy"),
+            http_proxy: either("HTTP_PROXY", "http_proxy"),
+            all_proxy: either("ALL_PROXY", "all_proxy"),
+            no_proxy: either("NO_PROXY", "no_proxy"),
             state_directory: set("STATE_DIRECTORY"),
             xdg_state_home: set("XDG_STATE_HOME"),
             home: set("HOME"),

@@ -16,6 +16,7 @@ mod dial;
 mod environment;
 mod file;
 mod problem;
+mod proxy;
 mod receive;
 mod send;
 mod source;
@@ -28,6 +29,7 @@ pub use check::{LogConfig, LogFormat, LogLayer, LogLevel};
 pub use dial::DialLayer;
 pub use environment::Environment;
 pub use problem::{At, ConfigError, Place, Problem};
+pub use proxy::{Proxy, ProxySetting, proxy};
 pub use receive::{
     DEAD_LETTER_INDEX, ElasticsearchLayer, ReceiveLayer, StoreLayer, default_store,
     load_elasticsearch, load_receive,
@@ -61,6 +63,8 @@ pub struct SendConfig {
     pub receipts: Option<ReceiptsTarget>,
     /// Compress frames with zstd where the receiver can.
     pub compress: bool,
+    /// Most bytes per second that a connection writes.
+    pub rate_limit: Option<u64>,
     /// How long a stop waits for outstanding receipts.
     pub drain_timeout: Duration,
     /// Budget of the spool in bytes; full means that sockets are not read.
@@ -206,6 +210,8 @@ pub struct Endpoint {
     pub host: String,
     /// Path and query of the request, starting with `/`.
     pub path: String,
+    /// Through which proxy it is reached.
+    pub proxy: Option<Proxy>,
 }
 
 /// Where a connection goes.

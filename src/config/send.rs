@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::check::{self, LogLayer};
 use super::file::{File, Table};
 use super::problem::{At, ConfigError, Findings, Place};
+use super::proxy::{self, ProxySetting};
 use super::receive::{absolute_listen, check_listen, check_tls};
 use super::source::{self, SourceLayer};
 use super::value;
@@ -24,6 +25,9 @@ pub const DISK_BYTES_MAX: u64 = 1 << 30;
 
 /// A spool must take at least a few of the largest records.
 const SPOOL_BYTES_MIN: u64 = 4 << 20;
+
+/// Below it even a ping would wait for seconds.
+const RATE_LIMIT_MIN: u64 = 1 << 10;
 
 /// Settings of `waybill send` as typed in one place; paths are absolute.
 #[derive(Clone, Debug, Default)]
@@ -44,6 +48,10 @@ pub struct SendLayer {
     pub tls_key: Option<At<PathBuf>>,
     /// `--tokens`, `tokens`.
     pub tokens: Option<At<PathBuf>>,
+    /// `--proxy`, `proxy`.
+    pub proxy: Option<At<ProxySetting>>,
+    /// `--rate-limit`, `rate_limit`.
+    pub rate_limit: Option<At<u64>>,
     /// `--state-dir`, `state_dir`.
     pub state_dir: Option<At<PathBuf>>,
     /// Files and sockets, `[[source]]`.
@@ -87,6 +95,8 @@ impl SendLayer {
             tls_cert: self.tls_cert.or(under.tls_cert),
             tls_key: self.tls_key.or(under.tls_key),
             tokens: self.tokens.or(under.tokens),
+            proxy: self.proxy.or(under.proxy),
+            rate_limit: self.rate_limit.or(under.rate_limit),
             state_dir: self.state_dir.or(under.state_dir),
             sources: source::either(self.sources, under.sources),
             once: self.once || under.once,
@@ -113,6 +123,8 @@ impl SendLayer {
             tls_cert: table.path("tls_cert"),
             tls_key: table.path("tls_key"),
             tokens: table.path("tokens"),
+            proxy: table.text("proxy", proxy::proxy),
+            rate_limit: table.size("rate_limit"),
             state_dir: table.path("state_dir"),
             sources: table.tables("source", "source.", SourceLayer::read),
             once: false,
@@ -159,7 +171,10 @@ fn check(
 ) -> Result<Loaded<SendConfig>, ConfigError> {
     let log = std::mem::take(&mut layer.log).check();
     let plain_allowed = layer.insecure_plaintext.as_ref().is_some_and(|at| at.value);
-    let connection = check_connection(&mut layer, plain_allowed, &mut findings);
+    let connection = check_connection(&mut layer, plain_allowed, environment, &mut findings);
+    if let Some(at) = layer.rate_limit.as_ref().filter(|at| at.value < RATE_LIMIT_MIN) {
+        findings.problem(&at.place, "must be at least 1KiB, per second");
+    }
     if let Some(at) = layer.spool_bytes_max.as_ref().filter(|at| at.value < SPOOL_BYTES_MIN) {
         findings.problem(&at.place, "must be at least 4MiB, to hold a few of the longest lines");
     }
@@ -182,6 +197,7 @@ fn check(
         once: layer.once,
         receipts,
         compress: layer.compress.is_some_and(|at| at.value),
+        rate_limit: layer.rate_limit.map(|at| at.value),
         drain_timeout: layer.drain_timeout.map_or(DRAIN_TIMEOUT, |at| at.value),
         spool_bytes_max: layer.spool_bytes_max.map_or(DISK_BYTES_MAX, |at| at.value),
         kept_bytes_max: layer.kept_bytes_max.map_or(DISK_BYTES_MAX, |at| at.value),
@@ -198,23 +214,30 @@ fn check(
 fn check_connection(
     layer: &mut SendLayer,
     plain_allowed: bool,
+    environment: &Environment,
     findings: &mut Findings,
 ) -> Option<ConnectionConfig> {
     if layer.listen.is_some() {
         check_listening(layer, plain_allowed, findings).map(ConnectionConfig::Listen)
     } else {
-        Some(ConnectionConfig::Dial(check_dialling(layer, plain_allowed, findings)))
+        Some(ConnectionConfig::Dial(check_dialling(layer, plain_allowed, environment, findings)))
     }
 }
 
 fn check_dialling(
     layer: &mut SendLayer,
     plain_allowed: bool,
+    environment: &Environment,
     findings: &mut Findings,
 ) -> DialConfig {
-    let to = std::mem::take(&mut layer.to);
-    for endpoint in &to {
+    let mut to = std::mem::take(&mut layer.to);
+    let proxy = layer.proxy.take();
+    for endpoint in &mut to {
         check_endpoint(endpoint, plain_allowed, findings);
+        match proxy::choose(proxy.as_ref().map(|at| &at.value), &endpoint.value, environment) {
+            Ok(proxy) => endpoint.value.proxy = proxy,
+            Err(message) => findings.problem(&endpoint.place, message),
+        }
     }
     if to.is_empty() {
         findings.missing(
@@ -258,6 +281,9 @@ fn check_listening(
     if let Some(to) = layer.to.first() {
         let message = "a sender dials or is dialled: give 'to' or 'listen', not both";
         findings.problem(&to.place, message);
+    }
+    if let Some(proxy) = &layer.proxy {
+        findings.problem(&proxy.place, "only a sender that dials passes a proxy: remove it");
     }
     if let Some(ca) = &layer.ca {
         let message = "only a sender that dials checks a certificate: remove it";

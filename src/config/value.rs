@@ -94,6 +94,7 @@ pub fn endpoint(text: &str) -> Result<Endpoint, ValueError> {
             address: EndpointAddress::Unix(PathBuf::from(socket)),
             host: "localhost".to_owned(),
             path: "/".to_owned(),
+            proxy: None,
         });
     }
     let (tls, rest) = if let Some(rest) = text.strip_prefix("wss://") {
@@ -118,6 +119,7 @@ pub fn endpoint(text: &str) -> Result<Endpoint, ValueError> {
         address: EndpointAddress::Tcp { host: parts.host.to_owned(), port },
         host: parts.authority.to_owned(),
         path,
+        proxy: None,
     })
 }
 
@@ -130,6 +132,20 @@ pub fn dialled_sender(text: &str) -> Result<(String, Endpoint), ValueError> {
              entry of the tokens file"
         )),
     }
+}
+
+/// Host and port of an HTTP proxy's URL.
+pub(super) fn proxy(text: &str) -> Result<(String, u16), ValueError> {
+    let Some(rest) = text.strip_prefix("http://") else {
+        return refuse(format!(
+            "proxy {text:?} must be none, or start with http://, such as http://proxy:3128"
+        ));
+    };
+    let parts = authority_and_path(text, rest)?;
+    if !matches!(parts.path, "" | "/") {
+        return refuse(format!("proxy {text:?} must have no path"));
+    }
+    Ok((parts.host.to_owned(), parts.port.unwrap_or(80)))
 }
 
 /// A base URL of Elasticsearch, without a slash at its end.
@@ -164,7 +180,9 @@ fn authority_and_path<'t>(url: &str, rest: &'t str) -> Result<UrlParts<'t>, Valu
     let (authority, path) = rest.split_at(end);
     if authority.contains('@') {
         return refuse(
-            "a URL must carry no user or password: name a file that holds them".to_owned(),
+            "a URL must carry no user or password: name a file that holds them (a proxy's: set them \
+             in HTTPS_PROXY)"
+                .to_owned(),
         );
     }
     let (host, port) = match authority.strip_prefix('[').and_then(|rest| rest.split_once(']')) {

@@ -105,6 +105,7 @@ fn endpoint(address: SocketAddr) -> Endpoint {
         address: EndpointAddress::Tcp { host: address.ip().to_string(), port: address.port() },
         host: address.to_string(),
         path: "/".to_owned(),
+        proxy: None,
     }
 }
 

@@ -23,12 +23,17 @@ const WELCOME_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long a receiver may take to answer a close frame.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// What a WebSocket frame (RFC 6455 §5.2) and a TLS record add to a message, about.
+const FRAME_OVERHEAD_BYTES: usize = 36;
+
 /// Makes links of sockets.
 pub struct Connections {
     /// Identity of the state directory.
     pub instance: Uuid,
     /// Compress frames where the receiver can.
     pub compress: bool,
+    /// Most bytes per second that a connection writes.
+    pub rate_limit: Option<u64>,
     /// Where each link is published, and `None` while there is none.
     pub links: watch::Sender<Option<Arc<Link>>>,
     /// Ends everything.
@@ -104,9 +109,10 @@ impl Connections {
             self.retract(&link);
             close
         };
+        let pace = Pace::new(self.rate_limit);
         let ended = tokio::select! {
             ended = receive(&link, from_socket) => ended,
-            () = transmit(to_socket, messages, heartbeat, close) => Ended::Early,
+            () = transmit(to_socket, messages, heartbeat, pace, close) => Ended::Early,
             () = idle(&link, idle_close) => Ended::Idle,
         };
         self.retract(&link);
@@ -221,12 +227,17 @@ async fn transmit(
     mut socket: SocketSender,
     mut messages: mpsc::Receiver<Outgoing>,
     mut heartbeat: Heartbeat,
+    mut pace: Pace,
     close: impl Future<Output = Close>,
 ) {
     let mut close = pin!(close);
     let closing = loop {
+        let next = async {
+            pace.ready().await;
+            messages.recv().await
+        };
         let message = tokio::select! {
-            message = messages.recv() => match message {
+            message = next => match message {
                 Some(message) => message,
                 None => return,
             },
@@ -237,7 +248,7 @@ async fn transmit(
             close = &mut close => break close,
         };
         let written = tokio::select! {
-            written = write(&mut socket, message, &mut messages) => written,
+            written = write(&mut socket, message, &mut messages, &mut pace) => written,
             () = dead(&mut heartbeat) => {
                 return warn!("connection lost: the receiver was silent for too long");
             }
@@ -261,12 +272,52 @@ async fn write(
     socket: &mut SocketSender,
     message: Outgoing,
     messages: &mut mpsc::Receiver<Outgoing>,
+    pace: &mut Pace,
 ) -> Result<(), SocketError> {
+    pace.spend(&message);
     socket.feed(message).await?;
-    while let Ok(message) = messages.try_recv() {
+    while pace.is_ready()
+        && let Ok(message) = messages.try_recv()
+    {
+        pace.spend(&message);
         socket.feed(message).await?;
     }
     socket.flush().await
+}
+
+/// Spreads what is written over time. Pings do not wait for it.
+struct Pace {
+    /// Bytes per second.
+    limit: Option<u64>,
+    /// When what was written is paid for.
+    ready_at: tokio::time::Instant,
+}
+
+impl Pace {
+    fn new(limit: Option<u64>) -> Pace {
+        Pace { limit, ready_at: tokio::time::Instant::now() }
+    }
+
+    async fn ready(&self) {
+        if self.limit.is_some() {
+            tokio::time::sleep_until(self.ready_at).await;
+        }
+    }
+
+    fn is_ready(&self) -> bool {
+        self.limit.is_none() || self.ready_at <= tokio::time::Instant::now()
+    }
+
+    fn spend(&mut self, message: &Outgoing) {
+        let Some(limit) = self.limit else { return };
+        let bytes = match message {
+            Outgoing::Text(text) => text.len(),
+            Outgoing::Binary(bytes) => bytes.len(),
+            Outgoing::Ping => 0,
+        };
+        let cost = Duration::from_secs_f64((bytes + FRAME_OVERHEAD_BYTES) as f64 / limit as f64);
+        self.ready_at = self.ready_at.max(tokio::time::Instant::now()) + cost;
+    }
 }
 
 /// Who takes nothing needs no ping.

@@ -246,6 +246,7 @@ pub async fn run(config: SendConfig, shutdown: Shutdown) -> Result<Summary, Send
     let connections = Connections {
         instance: state.instance(),
         compress: config.compress,
+        rate_limit: config.rate_limit,
         links: links_sender,
         stop: ending.clone(),
     };

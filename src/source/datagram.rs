@@ -121,7 +121,8 @@ impl DatagramSource {
         };
         let stop = Stop {
             socket: is_refusing.then(|| self.socket.clone()),
-            token: shutdown.child_token(),
+            // Not the shutdown's child: senders are refused first.
+            token: CancellationToken::new(),
             _wake: wake,
         };
         let drain = Drain {
@@ -170,12 +171,13 @@ struct Stop {
 
 impl Drop for Stop {
     fn drop(&mut self) {
-        self.token.cancel();
+        // Before the thread knows of the stop: what it then finds queued is all there will be.
         if let Some(socket) = &self.socket
             && let Err(error) = socket.shutdown(Shutdown::Read)
         {
             tracing::warn!(%error, "cannot shut a datagram socket down");
         }
+        self.token.cancel();
     }
 }
 
@@ -405,6 +407,26 @@ mod tests {
         let records = spooled(&spool);
         let expected: Vec<_> = (0..100).map(|n| format!("<13>line {n}").into_bytes()).collect();
         assert_eq!(records[..100], expected);
+    }
+
+    /// What the kernel took from a sender before it refused is spooled.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn every_datagram_that_was_taken_before_the_stop_is_spooled() {
+        for _ in 0..50 {
+            let running = start(1 << 30);
+            let client = UnixDatagram::unbound().expect("socket");
+            client.connect(&running.path).expect("connect");
+            let (first, begun) = oneshot::channel();
+            let sending = tokio::task::spawn_blocking(move || {
+                let sent = |number: &u64| client.send(number.to_string().as_bytes()).is_ok();
+                assert!(sent(&0));
+                let _ = first.send(());
+                1 + (1..).take_while(sent).count()
+            });
+            begun.await.expect("begun");
+            let records = running.stop().await;
+            assert_eq!(records.len(), sending.await.expect("sent"));
+        }
     }
 
     #[test]

@@ -24,6 +24,7 @@ use tokio::net::{TcpStream, UnixStream, lookup_host};
 use tokio_rustls::TlsConnector;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
+use super::proxy::tunnel;
 use super::socket::Socket;
 use super::stream::Io;
 use crate::config::{Endpoint, EndpointAddress};
@@ -35,7 +36,10 @@ const EXCERPT_BYTES: usize = 200;
 const EXCERPT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The largest header of an answer, in bytes.
-const HEADER_BYTES_MAX: usize = 16 << 10;
+pub(super) const HEADER_BYTES_MAX: usize = 16 << 10;
+
+/// Who we say we are.
+pub(super) const AGENT: &str = concat!("waybill/", env!("CARGO_PKG_VERSION"));
 
 /// Why there is no connection.
 #[derive(Debug, Error)]
@@ -66,6 +70,26 @@ pub enum ConnectError {
         address: String,
         /// From the operating system.
         source: io::Error,
+    },
+    /// The proxy does not let us through.
+    #[error(
+        "the proxy {proxy} opens no tunnel: HTTP status {status}{}", proxy_advice(*.status, .body)
+    )]
+    ProxyRefused {
+        /// Its address.
+        proxy: String,
+        /// HTTP status.
+        status: u16,
+        /// The start of the body, printable.
+        body: String,
+    },
+    /// The proxy does not speak HTTP, or went away.
+    #[error("the proxy {proxy} broke off: {source}; is it an HTTP proxy?")]
+    ProxyBroken {
+        /// Its address.
+        proxy: String,
+        /// What was wrong.
+        source: hyper::Error,
     },
     /// It took too long.
     #[error("{url} did not finish the handshake within {after:?}")]
@@ -136,6 +160,7 @@ impl ConnectError {
                 | ConnectError::Endpoint { .. }
                 | ConnectError::Tls { .. }
                 | ConnectError::Refused { status: 401 | 403, .. }
+                | ConnectError::ProxyRefused { status: 401 | 403 | 405 | 407, .. }
                 | ConnectError::Redirected { .. }
                 | ConnectError::Subprotocol { .. }
         )
@@ -201,7 +226,13 @@ async fn open(endpoint: &Endpoint, tls: Option<Arc<ClientConfig>>) -> Result<Io,
             })?;
             return Ok(Io::new(stream));
         }
-        EndpointAddress::Tcp { host, port } => tcp(host, *port).await?,
+        EndpointAddress::Tcp { host, port } => match &endpoint.proxy {
+            None => tcp(host, *port).await?,
+            Some(proxy) => {
+                let stream = tcp(&proxy.host, proxy.port).await?;
+                tunnel(stream, proxy, host, *port).await?
+            }
+        },
     };
     if !endpoint.tls {
         return Ok(Io::new(stream));
@@ -331,7 +362,7 @@ fn request(
         .header(SEC_WEBSOCKET_KEY, key)
         .header(SEC_WEBSOCKET_PROTOCOL, subprotocol)
         .header(AUTHORIZATION, authorization)
-        .header(USER_AGENT, concat!("waybill/", env!("CARGO_PKG_VERSION")))
+        .header(USER_AGENT, AGENT)
         .body(Empty::new())
         .map_err(|_| endpoint_error(endpoint, "its host or path is no HTTP request"))
 }
@@ -388,7 +419,7 @@ fn text(headers: &HeaderMap, name: &HeaderName) -> Option<String> {
 }
 
 /// The start of a body; what cannot be read of it does not matter.
-async fn excerpt(mut body: Body) -> String {
+pub(super) async fn excerpt(mut body: Body) -> String {
     let mut bytes = Vec::new();
     let read = async {
         while bytes.len() < EXCERPT_BYTES {
@@ -423,4 +454,14 @@ fn advice(status: u16, body: &str) -> String {
     };
     let separator = if advice.is_empty() { "" } else { "; " };
     format!("{}{separator}{advice}", quoted(body))
+}
+
+fn proxy_advice(status: u16, body: &str) -> String {
+    let advice = match status {
+        407 => "; it wants a user and password: set HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT",
+        403 | 405 => "; it does not allow CONNECT to this host and port",
+        502..=504 => "; it does not reach the receiver",
+        _ => "",
+    };
+    format!("{}{advice}", quoted(body))
 }

@@ -7,6 +7,7 @@
 mod connect;
 mod heartbeat;
 mod listen;
+mod proxy;
 mod retry;
 mod socket;
 mod stream;

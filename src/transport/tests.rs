@@ -90,6 +90,7 @@ fn endpoint(address: SocketAddr, tls: bool) -> Endpoint {
         address: EndpointAddress::Tcp { host: "127.0.0.1".to_owned(), port: address.port() },
         host: format!("localhost:{}", address.port()),
         path: "/".to_owned(),
+        proxy: None,
     }
 }
 

@@ -43,7 +43,7 @@ impl Stream {
         let mut request = Request {
             from: segment.window.frontier(),
             to: row.end,
-            want: segment.want.min(FRAME_BYTES_MAX),
+            want: self.paced(segment.want).min(FRAME_BYTES_MAX),
             frontier: segment.window.frontier(),
             before: segment.before.clone(),
             expect: None,
@@ -101,6 +101,15 @@ impl Stream {
                 }
                 Step::Goes
             }
+        }
+    }
+
+    /// On a thin line a usual frame is at most a second's worth, so that a stop, a ping or another
+    /// stream need not wait for long.
+    fn paced(&self, want: usize) -> usize {
+        match self.context.config.rate_limit {
+            Some(limit) if want == FRAME_BYTES_TARGET => want.min(limit as usize),
+            _ => want,
         }
     }
 

@@ -1,0 +1,199 @@
+//! Networks as they are: lossy, slow, half-open, renumbered, behind a proxy. Nothing is lost, and nothing needs a
+//! restart.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use crate::support::network::{FAR, Wire};
+use crate::support::servers::have;
+use crate::support::waybill::{Bench, Certificates, Process, lines, numbered, waybill};
+
+/// On the far host, where nobody else has a port.
+const PORT: u16 = 8443;
+
+const NAME: &str = "logs.example.test";
+
+/// A receiver with TLS on the far host.
+fn receiver(bench: &Bench, wire: &Wire, listen: &str) -> Process {
+    bench.token("test");
+    let certificates = certificates(bench);
+    let mut command = waybill();
+    command.args(["receive", "--listen", &format!("{listen}:{PORT}"), "--tokens"]);
+    command.arg(bench.path("tokens.toml")).arg("--store").arg(bench.path("store.sqlite"));
+    command.arg("--tls-cert").arg(&certificates.certificate);
+    command.arg("--tls-key").arg(&certificates.key);
+    let receiver = Process::start("receiver", wire.far(&command), bench.path("receiver.log"));
+    receiver.wait_for_log("listening");
+    receiver
+}
+
+fn certificates(bench: &Bench) -> Certificates {
+    Certificates::make_with(&bench.path(""), &[NAME, FAR, "127.0.0.1"], |_| {})
+}
+
+fn send(bench: &Bench, to: &str, arguments: &[&str]) -> Command {
+    let ca: PathBuf = bench.path("ca.pem");
+    let mut command = bench.send_command(&format!("wss://{to}/"), arguments);
+    command.arg("--ca").arg(ca);
+    command
+}
+
+#[test]
+fn one_percent_loss_and_a_tenth_of_a_second_each_way() {
+    let Some(wire) = Wire::lay() else { return };
+    let bench = Bench::new();
+    let mut receiver = receiver(&bench, &wire, "127.0.0.1");
+    wire.delay(PORT + 1, PORT, Duration::from_millis(100));
+    wire.lose_one_percent();
+    bench.write("app.log", lines("first", 50_000));
+    let command = send(&bench, &format!("{FAR}:{}", PORT + 1), &["app.log"]);
+    let mut sender = Process::start("sender", wire.near(&command), bench.path("sender.log"));
+    bench.wait_for_lines(1);
+    bench.append("app.log", lines("second", 50_000));
+    bench.wait_for_lines(60_000);
+    sender.kill_hard();
+    let mut sender = Process::start("sender", wire.near(&command), bench.path("sender.log"));
+    bench.wait_for_lines(100_000);
+    assert!(sender.stop().success());
+    bench.assert_lines(numbered("first", 50_000).chain(numbered("second", 50_000)));
+    assert!(wire.lost() > 0, "the wire lost packets");
+    assert!(receiver.stop().success());
+}
+
+/// The wire is dead and nobody says so: both sides notice by the pings, within 45 seconds of
+/// silence, and the sender goes on once the wire is mended.
+#[test]
+fn a_half_open_connection_is_noticed_by_both_sides() {
+    let Some(wire) = Wire::lay() else { return };
+    let bench = Bench::new();
+    let receiver = receiver(&bench, &wire, FAR);
+    bench.write("app.log", lines("before", 100));
+    let command = send(&bench, &format!("{FAR}:{PORT}"), &["app.log"]);
+    let mut sender = Process::start("sender", wire.near(&command), bench.path("sender.log"));
+    bench.wait_for_lines(100);
+    wire.cut();
+    bench.append("app.log", lines("meanwhile", 100));
+    sender.wait_for_log("the receiver was silent for too long");
+    receiver.wait_for_log("connection dead");
+    wire.mend();
+    bench.append("app.log", lines("after", 100));
+    bench.wait_for_lines(300);
+    assert!(sender.stop().success());
+    let all = numbered("before", 100).chain(numbered("meanwhile", 100));
+    bench.assert_lines(all.chain(numbered("after", 100)));
+}
+
+/// DNS first fails, then answers, then answers otherwise: the name is resolved anew at each
+/// attempt.
+#[test]
+fn a_receiver_that_moves_is_found_under_its_name() {
+    const ELSEWHERE: &str = "10.83.0.77";
+    let Some(wire) = Wire::lay() else { return };
+    let bench = Bench::new();
+    let _receiver = receiver(&bench, &wire, "0.0.0.0");
+    bench.write("app.log", lines("first", 100));
+    let command = send(&bench, &format!("{NAME}:{PORT}"), &["app.log"]);
+    let mut sender = Process::start("sender", wire.near(&command), bench.path("sender.log"));
+    sender.wait_for_log("does not resolve");
+    wire.set_near_hosts(&format!("{FAR} {NAME}\n"));
+    bench.wait_for_lines(100);
+    wire.move_far(FAR, ELSEWHERE);
+    wire.set_near_hosts(&format!("{ELSEWHERE} {NAME}\n"));
+    bench.append("app.log", lines("second", 100));
+    bench.wait_for_lines(200);
+    assert!(sender.stop().success());
+    bench.assert_lines(numbered("first", 100).chain(numbered("second", 100)));
+}
+
+/// Only the proxy is on the wire, and only it can resolve the receiver's name.
+#[test]
+fn an_http_proxy_is_passed_by_connect() {
+    if !have("tinyproxy", "tinyproxy-bin") {
+        return;
+    }
+    let Some(wire) = Wire::lay() else { return };
+    let bench = Bench::new();
+    let _receiver = receiver(&bench, &wire, "127.0.0.1");
+    wire.set_far_hosts(&format!("127.0.0.1 {NAME}\n"));
+    let configuration = bench.write(
+        "tinyproxy.conf",
+        format!(
+            "Port 3128\nListen {FAR}\nTimeout 600\nBasicAuth me secret\nConnectPort {PORT}\n\
+             MaxClients 20\nLogLevel Info\n"
+        ),
+    );
+    let mut command = Command::new("tinyproxy");
+    command.arg("-d").arg("-c").arg(configuration);
+    let proxy = |log: &str| Process::start("tinyproxy", wire.far(&command), bench.path(log));
+    let mut running = proxy("proxy-1.log");
+
+    bench.write("app.log", lines("first", 1_000));
+    let to = format!("{NAME}:{PORT}");
+    let mut without = send(&bench, &to, &["app.log", "--once"]);
+    without.args(["--proxy", &format!("http://{FAR}:3128")]);
+    let refused = wire.near(&without).output().expect("waybill send");
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains("opens no tunnel: HTTP status 40") && said.contains("HTTPS_PROXY"),
+        "{said}"
+    );
+    assert!(!said.contains("does not resolve"), "{said}");
+
+    let mut command = send(&bench, &to, &["app.log"]);
+    command.env("HTTPS_PROXY", format!("http://me:secret@{FAR}:3128"));
+    let mut sender = Process::start("sender", wire.near(&command), bench.path("sender.log"));
+    bench.wait_for_lines(1_000);
+    running.kill_hard();
+    bench.append("app.log", lines("second", 1_000));
+    sender.wait_for_log("does not answer");
+    let _running = proxy("proxy-2.log");
+    bench.wait_for_lines(2_000);
+    assert!(sender.stop().success());
+    bench.assert_lines(numbered("first", 1_000).chain(numbered("second", 1_000)));
+    assert!(!sender.log().contains("secret"), "a password is not logged");
+}
+
+/// A slower machine only takes longer.
+#[test]
+fn a_rate_limit_bounds_what_is_written_per_second() {
+    let bench = Bench::new();
+    let receiver = bench.receiver();
+    let text = lines(&"x".repeat(90), 10_000);
+    bench.write("app.log", &text);
+    let start = Instant::now();
+    bench.send_once(&receiver, &["app.log", "--rate-limit", "256KiB"]).ok();
+    let least = Duration::from_secs_f64(text.len() as f64 / f64::from(256 << 10));
+    // The first second's worth need not wait.
+    assert!(start.elapsed() + Duration::from_secs(1) >= least, "{:?}", start.elapsed());
+    bench.assert_lines(numbered(&"x".repeat(90), 10_000));
+}
+
+#[test]
+fn an_idle_connection_is_closed_and_the_next_line_opens_it_again() {
+    let bench = Bench::new();
+    let receiver = bench.receiver();
+    let configuration = bench.write(
+        "sender.toml",
+        format!(
+            "to = ['{}']\ntoken_file = 'test.token'\nstate_dir = 'state'\nidle_close = '300ms'\n\
+             [[source]]\nfiles = '{}'\n",
+            receiver.url(),
+            bench.path("app.log").display()
+        ),
+    );
+    bench.write("app.log", "line 0\n");
+    let mut command = waybill();
+    command.args(["send", "--config"]).arg(configuration);
+    let mut sender = Process::start("sender", command, bench.path("sender.log"));
+    for number in 1..4 {
+        bench.wait_for_lines(number);
+        let closed = || sender.log().matches("closed the idle connection").count() >= number;
+        crate::support::servers::wait_until("it is closed", Duration::from_secs(60), closed);
+        bench.append("app.log", format!("line {number}\n"));
+    }
+    bench.wait_for_lines(4);
+    assert!(sender.stop().success());
+    bench.assert_lines(numbered("line", 4));
+}
