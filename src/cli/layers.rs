@@ -111,6 +111,7 @@ impl Send {
             to: flags("--to", self.to),
             token_file: flag("--token-file", self.token_file.map(|path| base.join(path))),
             ca: flag("--ca", self.ca.map(|path| base.join(path))),
+            balance: switch("--balance", self.balance),
             idle_close: None,
             listen: flag("--listen", self.listen.map(|listen| absolute(listen, base))),
             tls_cert: flag("--tls-cert", self.tls_cert.map(|path| base.join(path))),

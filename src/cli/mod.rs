@@ -113,6 +113,10 @@ pub struct Send {
     /// PEM file of the authorities to trust instead of this machine's own
     #[arg(long, value_name = "PEM", help_heading = "Receiver")]
     pub ca: Option<PathBuf>,
+    /// Use all receivers at once, each file and socket one of them, instead of the first that
+    /// answers
+    #[arg(long, help_heading = "Receiver")]
+    pub balance: bool,
     /// HTTP proxy to pass through by CONNECT, or none; never for loopback [default: HTTPS_PROXY,
     /// ALL_PROXY and NO_PROXY, as curl reads them]
     #[arg(long, value_name = "URL|none", value_parser = proxy, help_heading = "Receiver")]

@@ -87,8 +87,11 @@ pub enum ConnectionConfig {
 /// How a sender dials.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct DialConfig {
-    /// Receivers, in order of preference (this version dials the first that answers).
+    /// Receivers, in order of preference.
     pub to: Vec<Endpoint>,
+    /// Use all of them at once, each file and socket one of them, instead of the first that
+    /// answers.
+    pub balance: bool,
     /// File that holds the token alone; read anew at each connection.
     pub token_file: PathBuf,
     /// PEM file of the authorities to trust instead of the machine's own.

@@ -38,6 +38,8 @@ pub struct SendLayer {
     pub token_file: Option<At<PathBuf>>,
     /// `--ca`, `ca`.
     pub ca: Option<At<PathBuf>>,
+    /// `--balance`, `balance`.
+    pub balance: Option<At<bool>>,
     /// `idle_close`.
     pub idle_close: Option<At<Duration>>,
     /// `--listen`, `listen`.
@@ -81,6 +83,7 @@ impl SendLayer {
     fn over(self, mut under: SendLayer) -> SendLayer {
         if self.listen.is_some() {
             (under.to, under.ca, under.idle_close) = (Vec::new(), None, None);
+            (under.balance, under.proxy) = (None, None);
         }
         if !self.to.is_empty() {
             (under.listen, under.tokens) = (None, None);
@@ -90,6 +93,7 @@ impl SendLayer {
             to: source::either(self.to, under.to),
             token_file: self.token_file.or(under.token_file),
             ca: self.ca.or(under.ca),
+            balance: self.balance.or(under.balance),
             idle_close: self.idle_close.or(under.idle_close),
             listen: self.listen.or(under.listen),
             tls_cert: self.tls_cert.or(under.tls_cert),
@@ -116,6 +120,7 @@ impl SendLayer {
             to: table.list("to", value::endpoint),
             token_file: table.path("token_file"),
             ca: table.path("ca"),
+            balance: table.boolean("balance"),
             idle_close: table.text("idle_close", value::duration),
             listen: table
                 .text("listen", value::listen)
@@ -268,6 +273,7 @@ fn check_dialling(
         // A missing one was found above, so that this configuration never leaves `finish`.
         token_file: token_file.map(|at| at.value).unwrap_or_default(),
         ca: ca.map(|at| at.value),
+        balance: layer.balance.take().is_some_and(|at| at.value),
         idle_close: layer.idle_close.take().map(|at| at.value),
     }
 }
@@ -281,6 +287,9 @@ fn check_listening(
     if let Some(to) = layer.to.first() {
         let message = "a sender dials or is dialled: give 'to' or 'listen', not both";
         findings.problem(&to.place, message);
+    }
+    if let Some(balance) = layer.balance.as_ref().filter(|at| at.value) {
+        findings.problem(&balance.place, "only a sender that dials can balance: remove it");
     }
     if let Some(proxy) = &layer.proxy {
         findings.problem(&proxy.place, "only a sender that dials passes a proxy: remove it");

@@ -3,7 +3,6 @@
 use std::future::Future;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
@@ -11,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 use uuid::Uuid;
 
-use super::link::{Letter, Link};
+use super::link::{Letter, Link, Links};
 use crate::protocol::{Control, Hello, VERSION, Welcome};
 use crate::transport::{
     Beat, Heartbeat, Incoming, Outgoing, Socket, SocketError, SocketReceiver, SocketSender, close,
@@ -34,8 +33,8 @@ pub struct Connections {
     pub compress: bool,
     /// Most bytes per second that a connection writes.
     pub rate_limit: Option<u64>,
-    /// Where each link is published, and `None` while there is none.
-    pub links: watch::Sender<Option<Arc<Link>>>,
+    /// Where links are published while they live.
+    pub links: watch::Sender<Links>,
     /// Ends everything.
     pub stop: CancellationToken,
 }
@@ -47,6 +46,22 @@ pub struct Greeted {
     to_socket: SocketSender,
     from_socket: SocketReceiver,
     heartbeat: Heartbeat,
+}
+
+/// A connection whose link is published.
+pub struct Open {
+    link: Arc<Link>,
+    messages: mpsc::Receiver<Outgoing>,
+    to_socket: SocketSender,
+    from_socket: SocketReceiver,
+    heartbeat: Heartbeat,
+}
+
+impl Open {
+    /// What streams see of it.
+    pub fn link(&self) -> Arc<Link> {
+        self.link.clone()
+    }
 }
 
 /// How a connection ended.
@@ -87,18 +102,24 @@ impl Connections {
         }
     }
 
+    /// Publishes the link to `receiver`, which is to be served at once.
+    pub fn open(&self, receiver: String, greeted: Greeted) -> Open {
+        let Greeted { welcome, to_socket, from_socket, heartbeat } = greeted;
+        let (link, messages) = Link::new(receiver, welcome, self.compress);
+        let link = Arc::new(link);
+        self.links.send_modify(|links| links.add(link.clone()));
+        Open { link, messages, to_socket, from_socket, heartbeat }
+    }
+
     /// Serves one connection until it ends, or is closed: on a stop, when `close` says so, and when
     /// nothing was outstanding for as long as `idle_close` says.
     pub async fn serve(
         &self,
-        greeted: Greeted,
+        open: Open,
         idle_close: Option<Duration>,
         close: impl Future<Output = Close>,
     ) -> Ended {
-        let Greeted { welcome, to_socket, from_socket, heartbeat } = greeted;
-        let (link, messages) = Link::new(welcome, self.compress);
-        let link = Arc::new(link);
-        self.links.send_replace(Some(link.clone()));
+        let Open { link, messages, to_socket, from_socket, heartbeat } = open;
         let close = async {
             let close = tokio::select! {
                 () = self.stop.cancelled() => {
@@ -120,7 +141,7 @@ impl Connections {
     }
 
     fn retract(&self, link: &Link) {
-        self.links.send_replace(None);
+        self.links.send_modify(|links| links.remove(link));
         link.closed.cancel();
     }
 }
@@ -151,7 +172,7 @@ async fn receive(link: &Link, mut socket: SocketReceiver) -> Ended {
                 Ok(Control::Credit { bytes }) => link.grant(bytes),
                 Ok(Control::Drain(drain)) => {
                     info!(within = ?drain.within, "the receiver is about to stop");
-                    link.draining.store(true, Ordering::Relaxed);
+                    link.draining.cancel();
                 }
                 Ok(other) => debug!(?other, "message out of place"),
                 // A newer receiver may say more than we understand.

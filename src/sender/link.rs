@@ -1,27 +1,20 @@
-//! What streams see of the connection to a receiver, and the side that dials it, again and again.
+//! What streams see of the connections to receivers.
 //!
-//! Streams see one [`Link`] at a time through a watch channel. A link that breaks costs nothing:
-//! every stream sends what has no receipt on the next one.
+//! The links that live are published through a watch channel, and each stream uses one at a time.
+//! A link that breaks costs nothing: every stream sends what has no receipt on another one.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
-use thiserror::Error;
 use tokio::sync::{Notify, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info, warn};
+use tracing::debug;
+use uuid::Uuid;
+use xxhash_rust::xxh3::Xxh3;
 
-use super::connection::{Connections, Ended, Greeted};
-use crate::config::{DialConfig, Endpoint};
-use crate::protocol::{Receipt, Refused, SUBPROTOCOL, Welcome};
-use crate::record::escape_path;
-use crate::tls::ClientConfig;
-use crate::transport::{ConnectError, Outgoing, Pause, Retry, connect};
-
-/// How long a connection attempt may take, from name to upgrade.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
+use crate::protocol::{Receipt, Refused, Welcome};
+use crate::transport::Outgoing;
 
 /// Messages between streams and the socket: enough to keep it busy, few enough to stay small.
 const OUTGOING_MAX: usize = 4;
@@ -29,6 +22,8 @@ const OUTGOING_MAX: usize = 4;
 /// A connection on which lines can be sent.
 #[derive(Debug)]
 pub struct Link {
+    /// Which receiver it leads to: its URL, or its name in the tokens file.
+    pub receiver: String,
     /// What the receiver said.
     pub welcome: Welcome,
     /// Uncompressed bytes that may still be sent.
@@ -40,7 +35,7 @@ pub struct Link {
     /// Cancelled when the connection is gone.
     pub closed: CancellationToken,
     /// The receiver is about to stop: nothing new is sent.
-    pub draining: AtomicBool,
+    pub draining: CancellationToken,
     granted: Mutex<u64>,
     outgoing: mpsc::Sender<Outgoing>,
     routes: Mutex<HashMap<u32, Arc<Mailbox>>>,
@@ -76,8 +71,41 @@ impl Mailbox {
     }
 }
 
+/// The links that live.
+#[derive(Clone, Debug, Default)]
+pub struct Links(Vec<Arc<Link>>);
+
+impl Links {
+    /// The link on which new lines of this run are sent. The highest weight wins, made of run and
+    /// receiver, so that a receiver that comes or goes moves no other runs than its own.
+    pub fn choose(&self, run: Uuid) -> Option<&Arc<Link>> {
+        let open = self.0.iter().filter(|link| link.takes_more());
+        open.max_by_key(|link| {
+            let mut weight = Xxh3::new();
+            weight.update(run.as_bytes());
+            weight.update(link.receiver.as_bytes());
+            weight.digest()
+        })
+    }
+
+    /// Adds a link.
+    pub fn add(&mut self, link: Arc<Link>) {
+        self.0.push(link);
+    }
+
+    /// Takes a link out.
+    pub fn remove(&mut self, link: &Link) {
+        self.0.retain(|other| !std::ptr::eq(&**other, link));
+    }
+}
+
 impl Link {
-    pub fn new(welcome: Welcome, compress: bool) -> (Link, mpsc::Receiver<Outgoing>) {
+    /// What the connection is to write comes out of the other end.
+    pub fn new(
+        receiver: String,
+        welcome: Welcome,
+        compress: bool,
+    ) -> (Link, mpsc::Receiver<Outgoing>) {
         let (outgoing, messages) = mpsc::channel(OUTGOING_MAX);
         let credit = welcome.credit.min(CREDIT_MAX);
         let frames = usize::try_from(welcome.limits.frames).unwrap_or(usize::MAX);
@@ -86,7 +114,8 @@ impl Link {
             frames: Semaphore::new(frames.clamp(1, Semaphore::MAX_PERMITS)),
             compress: compress && welcome.features.iter().any(|feature| feature == "zstd"),
             closed: CancellationToken::new(),
-            draining: AtomicBool::new(false),
+            draining: CancellationToken::new(),
+            receiver,
             granted: Mutex::new(credit),
             outgoing,
             routes: Mutex::default(),
@@ -118,7 +147,7 @@ impl Link {
 
     /// Whether the receiver still takes new lines.
     pub fn takes_more(&self) -> bool {
-        !self.draining.load(Ordering::Relaxed)
+        !self.draining.is_cancelled() && !self.closed.is_cancelled()
     }
 
     /// Whether nothing awaits a receipt.
@@ -150,125 +179,52 @@ impl Link {
 /// More credit than a sender makes use of; bounds what it keeps in its windows (I7).
 const CREDIT_MAX: u64 = 64 << 20;
 
-/// Why there is no link.
-#[derive(Debug, Error)]
-pub enum LinkError {
-    /// The token cannot be read.
-    #[error("token file {path}: {source}; mint a token at the receiver with `waybill token NAME`")]
-    TokenFile {
-        /// As configured.
-        path: String,
-        /// From the operating system.
-        source: std::io::Error,
-    },
-    /// No connection.
-    #[error(transparent)]
-    Connect(#[from] ConnectError),
-    /// Connected, and no understanding.
-    #[error("{0}")]
-    Greeting(String),
-}
-
-impl LinkError {
-    /// Whether trying again is of no use before a person mends something.
-    fn needs_a_person(&self) -> bool {
-        match self {
-            LinkError::TokenFile { .. } => true,
-            LinkError::Connect(error) => error.needs_a_person(),
-            LinkError::Greeting(_) => false,
-        }
-    }
-
-    /// Whether a script had better hear of it than wait: what answers there is no receiver.
-    fn ends_once(&self) -> bool {
-        let elsewhere = matches!(self, LinkError::Connect(ConnectError::NotWaybill { .. }));
-        elsewhere || self.needs_a_person()
-    }
-
-    fn retry_after(&self) -> Option<Duration> {
-        match self {
-            LinkError::Connect(error) => error.retry_after(),
-            _ => None,
-        }
-    }
-}
-
-/// Dials until stopped.
-pub struct Dialler {
-    /// What to dial, and how.
-    pub config: DialConfig,
-    /// TLS for `wss://` endpoints.
-    pub tls: Option<Arc<ClientConfig>>,
-    /// What to do with a connection.
-    pub connections: Connections,
-    /// Rung by streams that have something to send.
-    pub wanted: Arc<Notify>,
-    /// An error that only a person can mend is the end: a script must not wait for one.
-    pub once: bool,
-}
-
-impl Dialler {
-    /// Runs until stopped, or until an error where `once` says so.
-    pub async fn run(self) -> Result<(), LinkError> {
-        let stop = &self.connections.stop;
-        let mut retry = Retry::new();
-        loop {
-            let endpoint = &self.config.to[retry.failures() % self.config.to.len()];
-            let connected = tokio::select! {
-                () = stop.cancelled() => return Ok(()),
-                connected = self.connect(endpoint) => connected,
-            };
-            let delay = match connected {
-                Ok(greeted) => {
-                    retry.connected();
-                    let welcome = &greeted.welcome;
-                    info!(receiver = %endpoint.url, name = ?welcome.name, sender = %welcome.sender,
-                        "connected");
-                    let idle_close = self.config.idle_close;
-                    match self.connections.serve(greeted, idle_close, std::future::pending()).await
-                    {
-                        Ended::Idle => {
-                            info!("closed the idle connection");
-                            tokio::select! {
-                                () = stop.cancelled() => return Ok(()),
-                                () = self.wanted.notified() => Duration::ZERO,
-                            }
-                        }
-                        Ended::AfterReceipts => retry.ended(true),
-                        Ended::Early => retry.ended(false),
-                    }
-                }
-                Err(error) => {
-                    if self.once && error.ends_once() {
-                        return Err(error);
-                    }
-                    let slowly = error.needs_a_person();
-                    let Pause { delay, tell } = retry.failed(slowly, error.retry_after());
-                    if tell {
-                        warn!(receiver = %endpoint.url, retry_in = ?delay, "{error}");
-                    }
-                    delay
-                }
-            };
-            tokio::select! {
-                () = stop.cancelled() => return Ok(()),
-                () = tokio::time::sleep(delay) => {}
-            }
-        }
-    }
-
-    /// Dials, says `hello` and hears `welcome`.
-    async fn connect(&self, endpoint: &Endpoint) -> Result<Greeted, LinkError> {
-        let path = &self.config.token_file;
-        let token = tokio::fs::read_to_string(path)
-            .await
-            .map_err(|source| LinkError::TokenFile { path: escape_path(path), source })?;
-        let tls = self.tls.clone().filter(|_| endpoint.tls);
-        let socket = connect(endpoint, tls, token.trim(), SUBPROTOCOL, CONNECT_TIMEOUT).await?;
-        self.connections.greet(socket).await.map_err(LinkError::Greeting)
-    }
-}
-
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::{DayBounds, Limits, VERSION};
+    use crate::record::{Day, IndexRule, SenderId};
+
+    fn link(receiver: &str) -> Arc<Link> {
+        let today = Day::today();
+        let welcome = Welcome {
+            version: VERSION,
+            features: Vec::new(),
+            sender: SenderId::mint(),
+            name: "test".to_owned(),
+            credit: 1 << 20,
+            limits: Limits { frame_bytes: 1 << 20, frames: 10 },
+            rule: IndexRule::default(),
+            types: Vec::new(),
+            days: DayBounds { from: today, to: today },
+            destination: None,
+        };
+        Arc::new(Link::new(receiver.to_owned(), welcome, false).0)
+    }
+
+    #[test]
+    fn runs_are_spread_and_a_lost_receiver_moves_only_its_own() {
+        let all = [link("wss://a/"), link("wss://b/"), link("wss://c/")];
+        let links = Links(all.to_vec());
+        let runs: Vec<Uuid> = (0..300).map(|_| Uuid::now_v7()).collect();
+        let choice = |links: &Links, run: Uuid| links.choose(run).expect("one").receiver.clone();
+        let before: Vec<String> = runs.iter().map(|run| choice(&links, *run)).collect();
+        for link in &all {
+            let its = before.iter().filter(|receiver| **receiver == link.receiver).count();
+            assert!((50..150).contains(&its), "{its} of 300 to {}", link.receiver);
+        }
+        all[1].draining.cancel();
+        for (run, before) in runs.iter().zip(before) {
+            let after = choice(&links, *run);
+            assert!(after != all[1].receiver);
+            assert!(after == before || before == all[1].receiver);
+        }
+        all[0].closed.cancel();
+        all[2].closed.cancel();
+        assert!(links.choose(runs[0]).is_none());
+    }
 }

@@ -134,7 +134,8 @@ async fn serve(
                     info!(receiver = ?name, %peer, reason = close.reason, "closing");
                     close
                 };
-                connections.serve(greeted, None, close).await;
+                let open = connections.open(name.clone(), greeted);
+                connections.serve(open, None, close).await;
             }
             Err(reason) => warn!(receiver = ?name, %peer, "{reason}"),
         }

@@ -4,6 +4,7 @@
 //! connection ([`link`]) and one durable state. Only a receipt moves a position.
 
 mod connection;
+mod dial;
 mod follow;
 mod kept;
 mod link;
@@ -35,8 +36,9 @@ use crate::telemetry::Progress;
 use crate::tls::{TlsError, client_config};
 
 use connection::Connections;
+use dial::{Dialler, LinkError};
 use follow::Follower;
-use link::{Dialler, Link, LinkError};
+use link::Links;
 use listen::{ListenError, Listening};
 use receipts::Receipts;
 use rows::Attributes;
@@ -110,7 +112,7 @@ pub struct Summary {
 pub struct Context {
     config: Arc<SendConfig>,
     state: Arc<State>,
-    links: watch::Receiver<Option<Arc<Link>>>,
+    links: watch::Receiver<Links>,
     wanted: Arc<Notify>,
     receipts: Option<Receipts>,
     totals: Totals,
@@ -228,7 +230,7 @@ pub async fn run(config: SendConfig, shutdown: Shutdown) -> Result<Summary, Send
         spooled.extend(opened);
     }
 
-    let (links_sender, links) = watch::channel(None);
+    let (links_sender, links) = watch::channel(Links::default());
     let wanted = Arc::new(Notify::new());
     let ending = CancellationToken::new();
     let context = Arc::new(Context {
@@ -286,6 +288,7 @@ impl Connector {
                     true => Some(client_config(config.ca.as_deref())?),
                     false => None,
                 };
+                let connections = Arc::new(connections);
                 Ok(Connector::Dial(Dialler { config, tls, connections, wanted, once }))
             }
             ConnectionConfig::Listen(config) => {

@@ -16,6 +16,7 @@ mod nginx;
 mod parsing;
 mod protocol_doc;
 mod readme;
+mod receivers;
 mod refusals;
 mod rotation;
 mod servers_smoke;

@@ -99,6 +99,10 @@ pub struct Stream {
     mailbox: Arc<Mailbox>,
     flags: Arc<Flags>,
     kept: Option<Kept>,
+    /// The one in use.
+    link: Option<Arc<Link>>,
+    /// Nothing new is sent on it: another one is to be used once all is receipted here.
+    leaves: bool,
     /// There may be bytes that were not read yet.
     ready: bool,
     /// The file's size when it was last looked at on the newest row's day.
@@ -200,8 +204,8 @@ impl Stream {
         let mut links = self.context.links.clone();
         loop {
             let link = loop {
-                let link = links.borrow_and_update().clone();
-                if let Some(link) = link.filter(|link| !link.closed.is_cancelled()) {
+                let link = links.borrow_and_update().choose(self.run).cloned();
+                if let Some(link) = link {
                     break link;
                 }
                 if let Some(end) = self.look().await {
@@ -213,7 +217,13 @@ impl Stream {
                     () = self.mailbox.wake.notified() => self.context.wanted.notify_one(),
                 }
             };
+            self.link = Some(link.clone());
             let end = self.session(&link).await;
+            if matches!(end, None | Some(End::Stopped)) {
+                // Receipts that came just before the end count: else their lines are sent again.
+                self.read_letters_on(&link).await;
+            }
+            self.link = None;
             self.note_progress();
             self.return_credit(&link);
             match end {
@@ -246,6 +256,7 @@ impl Stream {
 
     /// Sends over one link until it breaks (`None`) or the stream ends.
     async fn session(&mut self, link: &Link) -> Option<End> {
+        let mut links = self.context.links.clone();
         while let Err(error) = self.complete(link).await {
             warn!(%error, "the state directory cannot be written: nothing is sent before it can");
             tokio::select! {
@@ -255,6 +266,10 @@ impl Stream {
             }
         }
         loop {
+            self.leaves = match links.borrow_and_update().choose(self.run) {
+                Some(other) => !std::ptr::eq(&**other, link),
+                None => link.draining.is_cancelled(),
+            };
             self.read_letters_on(link).await;
             if let Some(end) = self.look().await {
                 return Some(end);
@@ -266,7 +281,10 @@ impl Stream {
             if let Some(end) = self.ended() {
                 return Some(end);
             }
-            match self.next_work(link) {
+            if self.leaves && !self.in_flight() {
+                return None;
+            }
+            match self.next_work() {
                 Work::Send { number, next } => match self.send(link, number, next).await {
                     Step::Goes => {}
                     Step::LinkGone => return None,
@@ -284,6 +302,8 @@ impl Stream {
                         () = self.context.ending.cancelled() => return Some(End::Stopped),
                         () = self.context.stopping.cancelled(), if !self.is_stopping() => {}
                         () = self.mailbox.wake.notified() => {}
+                        _ = links.changed() => {}
+                        () = link.draining.cancelled(), if !self.leaves => {}
                         () = due => {}
                     }
                 }
@@ -296,9 +316,9 @@ impl Stream {
     }
 
     /// What to do next on this link.
-    fn next_work(&self, link: &Link) -> Work {
+    fn next_work(&self) -> Work {
         let now = Instant::now();
-        if self.is_stopping() {
+        if self.is_stopping() || self.leaves {
             return Work::Wait(None);
         }
         let mut due: Option<Instant> = None;
@@ -326,7 +346,6 @@ impl Stream {
                     deferred.is_none()
                         && (number < newest || self.ready)
                         && from - segment.window.position() < AHEAD_MAX
-                        && link.takes_more()
                 }
             };
             if allowed {
@@ -365,10 +384,14 @@ impl Stream {
         }
     }
 
+    /// Whether frames await their receipts.
+    fn in_flight(&self) -> bool {
+        self.segments.iter().any(|segment| segment.window.outstanding().1 > 0)
+    }
+
     /// Whether the stream has come to an end.
     fn ended(&mut self) -> Option<End> {
-        let in_flight = self.segments.iter().any(|segment| segment.window.outstanding().1 > 0);
-        if self.is_stopping() && !in_flight {
+        if self.is_stopping() && !self.in_flight() {
             return Some(End::Stopped);
         }
         let refused = self.segments.iter().any(|segment| segment.refused);

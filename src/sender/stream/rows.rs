@@ -71,6 +71,8 @@ impl Stream {
             mailbox: Arc::default(),
             flags: Arc::default(),
             kept,
+            link: None,
+            leaves: false,
             ready: true,
             size_seen,
             changed_at: Instant::now(),
@@ -127,7 +129,7 @@ impl Stream {
     }
 
     pub(super) async fn split(&mut self, at: u64) -> io::Result<()> {
-        let link = self.context.links.borrow().clone();
+        let link = self.link.clone();
         self.split_now(at, link.as_deref())
     }
 
@@ -268,8 +270,7 @@ impl Stream {
             && self.segments.front().is_some_and(|segment| segment.window.is_finished())
         {
             let segment = self.segments.pop_front().expect("there is one");
-            let link = self.context.links.borrow().clone();
-            if let (Some(link), Some(handle)) = (link, segment.handle) {
+            if let (Some(link), Some(handle)) = (&self.link, segment.handle) {
                 link.unregister(handle);
             }
             if let Err(error) = self.commit(Vec::new(), vec![segment.id()]).await {

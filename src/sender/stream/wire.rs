@@ -132,6 +132,7 @@ impl Stream {
                     Some((frame, credit)) => Permits::Granted { frame, credit },
                     None => Permits::LinkGone,
                 },
+                () = link.draining.cancelled() => return Permits::Interrupted,
                 () = self.mailbox.wake.notified() => {
                     self.read_letters_on(link).await;
                     if self.flags.look.load(Ordering::Relaxed) {

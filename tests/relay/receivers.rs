@@ -1,0 +1,119 @@
+//! Several receivers into one Elasticsearch: they may go and come as they like.
+
+use std::time::{Duration, Instant};
+
+use crate::support::documents::{prefix, receipts, wait_for_documents};
+use crate::support::servers::{Elasticsearch, wait_until};
+use crate::support::waybill::{Bench, PATIENCE, Process, Random, Receiver, lines};
+
+const FILES: usize = 6;
+
+fn sender(bench: &Bench, receivers: &[Receiver], arguments: &[&str]) -> Process {
+    let mut command = bench.send_command(&receivers[0].url(), arguments);
+    for receiver in &receivers[1..] {
+        command.args(["--to", &receiver.url()]);
+    }
+    Process::start("sender", command, bench.path("sender.log"))
+}
+
+/// Each message is there once: the ids are pure, so that it does not matter who took a line.
+#[track_caller]
+fn assert_each_once(node: &Elasticsearch, pattern: &str, mut expected: Vec<String>) {
+    wait_for_documents(node, pattern, expected.len());
+    let documents = node.all_documents(pattern);
+    let text = |document: &serde_json::Value| document["message"].as_str().map(str::to_owned);
+    let mut messages: Vec<String> = documents.values().filter_map(text).collect();
+    messages.sort();
+    expected.sort();
+    assert!(messages == expected, "not the lines that were written");
+}
+
+#[test]
+fn three_receivers_one_killed_each_second_for_a_minute() {
+    let Some(node) = Elasticsearch::shared_8_17() else { return };
+    let bench = Bench::new();
+    let prefix = prefix("three");
+    let mut receivers: Vec<Receiver> =
+        (0..3).map(|_| bench.receiver_into(&node.url(), &prefix)).collect();
+    let files: Vec<String> = (0..FILES).map(|number| format!("app-{number}.log")).collect();
+    files.iter().for_each(|file| drop(bench.write(file, "")));
+    let arguments: Vec<&str> = files.iter().map(String::as_str).chain(["--balance"]).collect();
+    let mut sender = sender(&bench, &receivers, &arguments);
+    let mut random = Random::new();
+    let mut expected = Vec::new();
+    let start = Instant::now();
+    let mut round = 0;
+    while start.elapsed() < Duration::from_secs(60) {
+        for file in &files {
+            let text = lines(&format!("{file} {round}"), 50);
+            expected.extend(text.lines().map(str::to_owned));
+            bench.append(file, text);
+        }
+        let number = random.below(3) as usize;
+        receivers[number].kill_hard();
+        std::thread::sleep(Duration::from_millis(500 + random.below(500)));
+        receivers[number].start();
+        round += 1;
+    }
+    assert_each_once(node, &format!("{prefix}-default-*"), expected);
+    assert!(sender.stop().success());
+    let took = |receiver: &Receiver| receiver.log().contains("sender connected");
+    assert!(receivers.iter().all(took), "each of them had its share");
+}
+
+/// A receiver that is stopped in an orderly way answers what it has, and the next one takes over.
+#[test]
+fn a_receiver_that_drains_hands_over() {
+    let Some(node) = Elasticsearch::shared_8_17() else { return };
+    for balance in [&[][..], &["--balance"]] {
+        let bench = Bench::new();
+        let prefix = prefix("drain");
+        let mut receivers: Vec<Receiver> =
+            (0..2).map(|_| bench.receiver_into(&node.url(), &prefix)).collect();
+        let arguments: Vec<&str> =
+            ["app.log", "--receipts", "receipts.jsonl"].iter().chain(balance).copied().collect();
+        bench.write("app.log", "");
+        let mut sender = sender(&bench, &receivers, &arguments);
+        let receipted = || receipts(&bench.path("receipts.jsonl")).len();
+        let mut expected = Vec::new();
+        for round in 0..8 {
+            let text = lines(&format!("round {round}"), 20_000);
+            expected.extend(text.lines().map(str::to_owned));
+            let before = bench.size_of("receipts.jsonl");
+            bench.append("app.log", text);
+            wait_until("some receipts came", PATIENCE, || bench.size_of("receipts.jsonl") > before);
+            // In the middle of it: the other one is up.
+            assert!(receivers[round % 2].stop().success());
+            receivers[round % 2].start();
+        }
+        wait_until("all is receipted", PATIENCE, || receipted() == expected.len());
+        assert!(sender.stop().success());
+        // Elasticsearch itself may have been asked twice, where it was slow to answer.
+        let whole = |receiver: &Receiver| !receiver.log().contains("before all was answered");
+        assert!(receivers.iter().all(whole), "each receiver answered what it had");
+        assert_each_once(node, &format!("{prefix}-default-*"), expected);
+    }
+}
+
+/// Without `--balance` the first that answers is used, and the others while it is away.
+#[test]
+fn the_first_receiver_that_answers_is_used() {
+    let Some(node) = Elasticsearch::shared_8_17() else { return };
+    let bench = Bench::new();
+    let prefix = prefix("failover");
+    let mut receivers: Vec<Receiver> =
+        (0..2).map(|_| bench.receiver_into(&node.url(), &prefix)).collect();
+    let pattern = format!("{prefix}-default-*");
+    receivers[0].kill_hard();
+    bench.write("app.log", lines("first", 100));
+    let mut sender = sender(&bench, &receivers, &["app.log"]);
+    wait_for_documents(node, &pattern, 100);
+    receivers[0].start();
+    receivers[1].kill_hard();
+    bench.append("app.log", lines("second", 100));
+    wait_for_documents(node, &pattern, 200);
+    assert!(sender.stop().success());
+    assert!(receivers[0].log().contains("sender connected"));
+    let expected = lines("first", 100) + &lines("second", 100);
+    assert_each_once(node, &pattern, expected.lines().map(str::to_owned).collect());
+}
