@@ -304,6 +304,14 @@ fn impostor(said: &str, make: impl FnOnce(&Reversed)) {
     assert_slow_retries(&receiver.log(), said);
     let told = fs::read_to_string(nginx.folder().join("told.log")).expect("the log");
     assert_eq!(told, "", "the impostor was told something");
+    // With the right certificate the same nginx is told all: the log above would have shown it.
+    for name in ["server.pem", "server.key"] {
+        fs::copy(bench.path(name), bench.path("impostor").join(name)).expect("copied");
+    }
+    nginx.reload(&text);
+    receiver.wait_for_log(REFUSED);
+    let told = fs::read_to_string(nginx.folder().join("told.log")).expect("the log");
+    assert!(told.contains("Bearer wb_"), "{told}");
 
     nginx.stop();
     bench.write("app.log", lines("line", 100));
@@ -411,25 +419,29 @@ fn the_same_receiver_takes_over_at_once_and_another_one_stands_by() {
     let bench = &reversed.bench;
     reversed.guest("standby");
     let port = free_port();
-    bench.write("app.log", lines("line", 100));
+    // Long enough that what is written after the first line fills every buffer on the way.
+    let tag = "long ".repeat(80);
+    let text = lines(&tag, 20_000);
+    let first_line = text.find('\n').expect("a line") + 1;
+    bench.write("app.log", &text[..first_line]);
     let mut sender = reversed.sender(port, &["app.log"]);
     let first = reversed.receiver(&[&dial(port)]);
-    wait_for_lines(bench, 100);
+    wait_for_lines(bench, 1);
     // As after a lost network: the connection stands, and nobody is there.
     first.signal("-STOP");
+    bench.append("app.log", &text[first_line..]);
     let mut second = reversed.receiver(&[&dial(port)]);
     sender.wait_for_log("another connection under this token takes over");
-    bench.append("app.log", "line 100\n");
-    wait_for_lines(bench, 101);
+    wait_for_lines(bench, 20_000);
 
     let command = reversed.receive_command_as("standby", &[&dial(port)]);
     let standby = Process::start("standby", command, bench.path("standby.log"));
     standby.wait_for_log("refused with HTTP status 503");
     drop(first);
     assert!(second.stop().success());
-    bench.append("app.log", "line 101\n");
-    wait_for_lines(bench, 102);
-    bench.assert_lines(numbered("line", 102));
+    bench.append("app.log", format!("{tag} 20000\n"));
+    wait_for_lines(bench, 20_001);
+    bench.assert_lines(numbered(&tag, 20_001));
     assert!(standby.log().contains("sender connected"), "{}", standby.log());
     assert!(sender.stop().success());
 }
