@@ -261,6 +261,14 @@ mod tests {
     }
 
     #[test]
+    fn a_sender_dials_or_is_dialled() {
+        let both = ["waybill", "send", "a.log", "--to", "wss://h/", "--listen", "127.0.0.1:0"];
+        let error = Cli::try_parse_from(both).expect_err("refused");
+        assert_eq!(error.exit_code(), 2);
+        assert!(error.to_string().contains("--to"), "{error}");
+    }
+
+    #[test]
     fn no_flag_takes_a_secret() {
         for command in Cli::command().get_subcommands() {
             for argument in command.get_arguments() {

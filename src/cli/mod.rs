@@ -127,8 +127,8 @@ pub struct Send {
     /// Compress frames with zstd where the receiver can: saves traffic, costs processor time
     #[arg(long, help_heading = "Receiver")]
     pub compress: bool,
-    /// DANGER: allow ws:// to other machines, and an HTTP intake that they reach; token and lines
-    /// can be read on the way
+    /// DANGER: allow ws:// to and from other machines, and an HTTP intake that they reach; token and
+    /// lines can be read on the way
     #[arg(long, help_heading = "Receiver")]
     pub insecure_plaintext: bool,
 

@@ -259,19 +259,4 @@ impl Drop for Seat {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_seat_is_shared_within_an_entry_and_free_when_its_last_connection_ends() {
-        let seat = Arc::default();
-        let (one, other) = (SenderId::mint(), SenderId::mint());
-        let old = take(&seat, one).expect("it is free");
-        let new = take(&seat, one).expect("the same receiver again");
-        assert!(take(&seat, other).is_none(), "it stands by");
-        drop(old);
-        assert!(take(&seat, other).is_none(), "the new connection lives");
-        drop(new);
-        assert!(take(&seat, other).is_some());
-    }
-}
+mod tests;

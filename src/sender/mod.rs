@@ -1,7 +1,7 @@
 //! The sender: sources to streams, streams to a receiver, receipts to positions.
 //!
 //! `waybill send` calls [`run`]. Each stream is a task of its own ([`stream`]); they share one
-//! connection ([`link`]) and one durable state. Only a receipt moves a position.
+//! connection ([`connection`]) and one durable state. Only a receipt moves a position.
 
 mod connection;
 mod dial;

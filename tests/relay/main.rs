@@ -7,6 +7,7 @@ mod configuration;
 mod crash;
 mod demo;
 mod dependencies;
+mod dialled;
 mod disk;
 mod elasticsearch;
 mod files;

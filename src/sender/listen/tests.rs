@@ -1,0 +1,154 @@
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use tempfile::TempDir;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use super::*;
+use crate::config::{Listen, value};
+use crate::protocol::Control;
+use crate::transport::{ConnectError, Incoming, connect};
+
+const LONG: Duration = Duration::from_secs(60);
+
+struct Sender {
+    _dir: TempDir,
+    tokens: PathBuf,
+    address: SocketAddr,
+    running: JoinHandle<()>,
+    stop: CancellationToken,
+}
+
+fn listen() -> Sender {
+    let dir = tempfile::tempdir().expect("a folder");
+    let tokens = dir.path().join("tokens.toml");
+    std::fs::write(&tokens, "").expect("written");
+    let stop = CancellationToken::new();
+    let (links, _) = watch::channel(None);
+    let instance = Uuid::from_u128(7);
+    let connections = Connections { instance, compress: false, links, stop: stop.clone() };
+    let listen = Listen::Tcp(SocketAddr::from(([127, 0, 0, 1], 0)));
+    let config = ListenConfig { listen, tls: None, tokens: tokens.clone() };
+    let listening = Listening::open(config, connections).expect("bound");
+    let address = listening.listener.local_addr().expect("an address");
+    Sender { _dir: dir, tokens, address, running: tokio::spawn(listening.run()), stop }
+}
+
+impl Sender {
+    fn mint(&self, name: &str) -> String {
+        tokens::mint(&self.tokens, name, None, None).expect("minted")
+    }
+
+    async fn dial(&self, token: &str) -> Result<Socket, ConnectError> {
+        let endpoint = value::endpoint(&format!("ws://{}/", self.address)).expect("a URL");
+        connect(&endpoint, None, token, SUBPROTOCOL, LONG).await
+    }
+
+    /// Until the file's change was noticed.
+    async fn enter(&self, token: &str) -> Socket {
+        loop {
+            match self.dial(token).await {
+                Ok(socket) => return socket,
+                Err(ConnectError::Refused { status: 401, .. }) => tokio::task::yield_now().await,
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+
+    async fn http(&self, request: &str) -> String {
+        let mut stream = TcpStream::connect(self.address).await.expect("connect");
+        stream.write_all(request.as_bytes()).await.expect("write");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.expect("an answer");
+        answer
+    }
+}
+
+#[tokio::test]
+async fn who_may_not_enter_is_told_why() {
+    let sender = listen();
+    let token = sender.mint("central");
+    drop(sender.enter(&token).await);
+    let get = |path: &str| format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n");
+    assert!(sender.http(&get("/health/live")).await.starts_with("HTTP/1.1 200"));
+    let lost = sender.http(&get("/")).await;
+    assert!(lost.starts_with("HTTP/1.1 426") && lost.contains("Waybill sender"), "{lost}");
+    let post = sender.http("POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n").await;
+    assert!(post.starts_with("HTTP/1.1 404"), "{post}");
+    let upgrade = |token: &str, more: &str| {
+        format!(
+            "GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+             Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\
+             Authorization: Bearer {token}\r\n{more}\r\n"
+        )
+    };
+    let offer = "Sec-WebSocket-Protocol: waybill.v1\r\n";
+    let wrong = sender.http(&upgrade("wb_wrong", offer)).await;
+    assert!(wrong.starts_with("HTTP/1.1 401"), "{wrong}");
+    let page = sender.http(&upgrade(&token, &format!("{offer}Origin: http://x\r\n"))).await;
+    assert!(page.starts_with("HTTP/1.1 403"), "{page}");
+    let none = sender.http(&upgrade(&token, "")).await;
+    assert!(none.starts_with("HTTP/1.1 400") && none.contains("waybill.v1"), "{none}");
+}
+
+#[tokio::test]
+async fn a_receiver_hears_hello_whoever_dialled_and_the_end() {
+    let sender = listen();
+    let token = sender.mint("central");
+    let (_writing, mut reading) = sender.enter(&token).await.split();
+    match reading.next().await {
+        Some(Ok(Incoming::Text(text))) => {
+            assert!(
+                matches!(Control::decode(&text), Ok(Control::Hello(hello)) if hello.instance == Uuid::from_u128(7))
+            );
+        }
+        other => panic!("{other:?}"),
+    }
+    sender.stop.cancel();
+    sender.running.await.expect("no panic");
+    assert!(TcpStream::connect(sender.address).await.is_err(), "the listener is gone");
+}
+
+#[tokio::test]
+async fn one_entry_takes_over_from_itself_and_another_one_stands_by() {
+    let sender = listen();
+    let (token, other) = (sender.mint("central"), sender.mint("standby"));
+    let (_writing, mut old) = sender.enter(&token).await.split();
+    match sender.dial(&other).await {
+        Err(ConnectError::Refused { status: 503, retry_after, .. }) => {
+            assert_eq!(retry_after, Some(STANDBY));
+        }
+        outcome => panic!("{outcome:?}"),
+    }
+    let new = sender.dial(&token).await.expect("it takes over");
+    // The old one ends, and the new one is served.
+    while let Some(Ok(_)) = old.next().await {}
+    let (writing, mut reading) = new.split();
+    assert!(matches!(reading.next().await, Some(Ok(Incoming::Text(_)))));
+    drop((writing, reading));
+    // Its seat is free once its end was noticed.
+    loop {
+        match sender.dial(&other).await {
+            Ok(_) => break,
+            Err(ConnectError::Refused { status: 503, .. }) => tokio::task::yield_now().await,
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+#[test]
+fn the_seat_is_shared_within_an_entry_and_free_when_its_last_connection_ends() {
+    let seat = Arc::default();
+    let (one, other) = (SenderId::mint(), SenderId::mint());
+    let old = take(&seat, one).expect("it is free");
+    let new = take(&seat, one).expect("the same receiver again");
+    assert!(take(&seat, other).is_none(), "it stands by");
+    drop(old);
+    assert!(take(&seat, other).is_none(), "the new connection lives");
+    drop(new);
+    assert!(take(&seat, other).is_some());
+}
