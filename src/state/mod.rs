@@ -99,6 +99,9 @@ pub enum StateError {
 pub struct State {
     dir: PathBuf,
     inner: Mutex<Inner>,
+    /// Held while positions are written: one after the other, so that older ones never replace
+    /// newer ones.
+    saving: Mutex<()>,
     /// Held for its lock.
     _lock: File,
 }
@@ -166,7 +169,12 @@ impl State {
             inner.journal.append(&change).map_err(failed("cannot be written"))?;
         }
         inner.compact().map_err(failed("its row journal cannot be rewritten"))?;
-        Ok(State { dir: dir.to_owned(), inner: Mutex::new(inner), _lock: lock })
+        Ok(State {
+            dir: dir.to_owned(),
+            inner: Mutex::new(inner),
+            saving: Mutex::new(()),
+            _lock: lock,
+        })
     }
 
     /// The directory.
@@ -281,6 +289,7 @@ impl State {
 
     /// Makes all noted positions durable; does nothing where nothing changed.
     pub fn save(&self) -> io::Result<()> {
+        let _saving = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
         let progress: BTreeMap<SegmentId, Progress> = {
             let mut inner = self.lock();
             if !inner.dirty {

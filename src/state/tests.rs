@@ -195,3 +195,27 @@ fn fingerprints_stay_few_and_spread() {
 }
 
 const FINGERPRINT_COUNT: usize = 16;
+
+/// The saver and streams that end save at the same time.
+#[test]
+fn saves_from_several_threads_do_not_disturb_each_other() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let state = State::open(dir.path(), "machine").expect("state");
+    let rows: Vec<Entry> = (0..4).map(|number| entry(&format!("/{number}"))).collect();
+    state.commit(&rows.iter().collect::<Vec<_>>(), &[]).expect("commit");
+    std::thread::scope(|scope| {
+        for row in &rows {
+            scope.spawn(|| {
+                for offset in 1..=100 {
+                    let mut progress = Progress::at_start(&row.row);
+                    progress.advance(Fingerprint { offset, hash: 5 });
+                    state.set_progress(row.row.segment, progress);
+                    state.save().expect("save");
+                }
+            });
+        }
+    });
+    drop(state);
+    let state = State::open(dir.path(), "machine").expect("state");
+    assert!(state.entries().iter().all(|(_, progress)| progress.position == 100));
+}
