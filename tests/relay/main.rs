@@ -3,6 +3,7 @@
 mod support;
 
 mod certificates;
+mod check;
 mod configuration;
 mod crash;
 mod demo;
