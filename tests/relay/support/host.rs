@@ -30,9 +30,10 @@ for own in tmp run; do mount -t tmpfs tmpfs "$dir/root/$own"; done
 mount --rbind /proc "$dir/root/proc"
 mount --rbind /dev "$dir/root/dev"
 mount --bind "$1" "$dir/root/mnt"
+touch "$dir/root/machine-of-a-test"
 ip link set lo up
-echo ready
-exec chroot "$dir/root" sleep infinity
+# Said from within, so that no command of the test can meet this machine's own files.
+exec chroot "$dir/root" sh -c 'echo ready; exec sleep infinity'
 "#;
 
 impl Host {
@@ -76,7 +77,9 @@ impl Host {
         let mut command = Command::new("nsenter");
         command.args(["--target", &self.keeper.id().to_string(), "--mount", "--net", "--root"]);
         command.args(["--wd", "env", "-i", &format!("PATH={PATH}"), "HOME=/root", "NO_COLOR=1"]);
-        command.args(["DEBIAN_FRONTEND=noninteractive", "bash", "-c", script]);
+        command.args(["DEBIAN_FRONTEND=noninteractive", "bash", "-c"]);
+        // Never on this machine itself, whatever went wrong before.
+        command.arg(format!("test -e /machine-of-a-test || exit 99\n{script}"));
         command.stdin(Stdio::null());
         command
     }
