@@ -153,9 +153,11 @@ pub enum TlsFault {
 /// What a dial met on its way; filled as far as it came.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Steps {
-    /// What the name resolves to; empty for a Unix socket.
+    /// The name that was resolved; empty for a Unix socket.
+    pub host: String,
+    /// What it resolves to.
     pub addresses: Vec<SocketAddr>,
-    /// Something took the connection.
+    /// There is a connection to the endpoint.
     pub connected: bool,
     /// The server's own certificate (DER), which was accepted.
     pub certificate: Option<Vec<u8>>,
@@ -214,6 +216,7 @@ async fn open(
         }
         EndpointAddress::Tcp { host, port } => tcp(host, *port, steps).await?,
     };
+    steps.connected = true;
     if !endpoint.tls {
         return Ok(Io::new(stream));
     }
@@ -253,12 +256,12 @@ fn server_name(host: &str) -> &str {
 
 async fn tcp(host: &str, port: u16, steps: &mut Steps) -> Result<TcpStream, ConnectError> {
     let resolve = |source| ConnectError::Resolve { host: host.to_owned(), source };
+    host.clone_into(&mut steps.host);
     steps.addresses = lookup_host((host, port)).await.map_err(resolve)?.collect();
     let mut last = resolve(io::Error::other("the name has no address"));
     for &address in &steps.addresses {
         match TcpStream::connect(address).await {
             Ok(stream) => {
-                steps.connected = true;
                 // Receipts and small frames must not wait for a full segment. Failing here only
                 // costs time.
                 let _ = stream.set_nodelay(true);

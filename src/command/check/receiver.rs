@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::{Report, http_date};
-use crate::config::{Endpoint, EndpointAddress};
+use crate::config::Endpoint;
 use crate::protocol::SUBPROTOCOL;
 use crate::record::escape_path;
 use crate::tls;
@@ -53,9 +53,8 @@ fn told(
 ) -> io::Result<()> {
     let of = Some(endpoint.url.as_str());
     let failure = || error.map(ConnectError::to_string).unwrap_or_default();
-    if let EndpointAddress::Tcp { host, .. } = &endpoint.address
-        && host.parse::<IpAddr>().is_err()
-    {
+    let host = &steps.host;
+    if !host.is_empty() && host.parse::<IpAddr>().is_err() {
         if steps.addresses.is_empty() {
             return report.fail("name", of, failure());
         }
