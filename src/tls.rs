@@ -228,9 +228,15 @@ fn private_key(file: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
     })
 }
 
+/// When the first certificate of a PEM file ends; `None` where its DER has another shape.
+pub fn end_of(file: &Path) -> Result<Option<Timestamp>, TlsError> {
+    let chain = certificates("certificate", file)?;
+    Ok(chain.first().and_then(|own| not_after(own)))
+}
+
 /// When a certificate ends (RFC 5280 §4.1.2.5), read from its DER; `None` where that has another
 /// shape. Only a warning hangs on it: rustls checks what counts.
-fn not_after(certificate: &[u8]) -> Option<Timestamp> {
+pub fn not_after(certificate: &[u8]) -> Option<Timestamp> {
     let (certificate, _) = element(certificate, 0x30)?;
     let (mut fields, _) = element(certificate, 0x30)?;
     if let Some((_, rest)) = element(fields, 0xa0) {

@@ -3,6 +3,7 @@
 //! Only this module knows clap. Values are parsed by [`crate::config::value`], so that a flag and
 //! a key of a file mean the same.
 
+mod generate;
 mod layers;
 
 use std::ffi::OsString;
@@ -14,6 +15,8 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::config::{Endpoint, Listen, LogFormat, LogLevel, ProxySetting, Start, proxy, value};
 use crate::record::{Format, IndexRule, TypeName};
+
+pub use generate::generate;
 
 /// The whole command line.
 #[derive(Debug, Parser)]
@@ -39,6 +42,8 @@ pub enum Command {
     Send(Box<Send>),
     /// Take lines from senders and write them into Elasticsearch or the embedded store.
     Receive(Box<Receive>),
+    /// Check a configuration and all that it needs, and say how to mend it.
+    Check(Check),
     /// Make, rotate, revoke and list the tokens that senders present.
     Token(Token),
     /// Find lines in the embedded store or in Elasticsearch.
@@ -47,6 +52,9 @@ pub enum Command {
     Setup(Setup),
     /// Show the whole way of a line on this machine.
     Demo(Demo),
+    /// Write manual pages and shell completions, for packages.
+    #[command(hide = true)]
+    Generate(Generate),
 }
 
 /// Logging flags, the same for both sides.
@@ -332,6 +340,58 @@ pub struct Receive {
     /// Logging.
     #[command(flatten)]
     pub logging: Logging,
+}
+
+/// `waybill check`.
+#[derive(Debug, Args)]
+#[command(long_about = "\
+Checks a configuration and all that it needs, one line each: 'ok', 'warn', 'fail' with what to do, or 'skip' \
+where it cannot be told. Put 'check' before what the service runs:
+
+  waybill check send --config /etc/waybill/send.toml
+  waybill check receive --config /etc/waybill/receive.toml
+
+Nothing is sent or written, and a running sender or receiver is not disturbed. Run it as the service's user, so \
+that permissions are the service's own. Ends with 1 if a line says 'fail'.")]
+pub struct Check {
+    /// Which side.
+    #[command(subcommand)]
+    pub side: CheckSide,
+    /// One JSON object per line: check, status, message, and where there are several: of
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
+/// What is checked, with the flags of that command.
+#[derive(Debug, Subcommand)]
+pub enum CheckSide {
+    /// Files, sockets, state; then each receiver: name, TLS, upgrade, token, clock.
+    #[command(
+        long_about = "Checks what 'waybill send' with the same arguments needs.",
+        after_long_help = "\
+Examples:
+  waybill check send --config /etc/waybill/send.toml
+  waybill check send /var/log/app.log --to wss://logs.example.com/ --token-file /etc/waybill/token"
+    )]
+    Send(Box<Send>),
+    /// Certificate, tokens; then the store, or Elasticsearch: version, rights, template, durability.
+    #[command(
+        long_about = "Checks what 'waybill receive' with the same arguments needs. A key that may only write \
+cannot see the template: another may be given with --api-key-file.",
+        after_long_help = "\
+Examples:
+  waybill check receive --config /etc/waybill/receive.toml
+  waybill check receive --config /etc/waybill/receive.toml --api-key-file admin-key"
+    )]
+    Receive(Box<Receive>),
+}
+
+/// `waybill generate`.
+#[derive(Debug, Args)]
+pub struct Generate {
+    /// Folder that gets man1 and completions, made where missing
+    #[arg(value_name = "DIR")]
+    pub folder: PathBuf,
 }
 
 /// `waybill token`.

@@ -2,6 +2,7 @@
 //!
 //! A command says by its [`Exit`] how it ended, and has told a person why before it returns.
 
+pub mod check;
 pub mod demo;
 pub mod receive;
 pub mod search;
@@ -36,10 +37,12 @@ pub fn run(cli: Cli) -> Exit {
     let result = match cli.command {
         Command::Send(args) => with_runtime(send::run(*args, environment)),
         Command::Receive(args) => with_runtime(receive(*args, environment)),
+        Command::Check(args) => with_runtime(check::run(args, environment)),
         Command::Token(args) => token(args, &environment),
         Command::Search(args) => with_runtime(search(args, environment)),
         Command::Setup(args) => with_runtime(setup::run(args, environment)),
         Command::Demo(args) => with_runtime(demo::run(args, environment)),
+        Command::Generate(args) => cli::generate(&args.folder).map(|()| Exit::Done),
     };
     result.unwrap_or_else(|error| failure(&error))
 }

@@ -11,9 +11,9 @@ use bytes::Bytes;
 use http_body_util::{BodyExt as _, Empty};
 use hyper::body::Incoming as Body;
 use hyper::header::{
-    AUTHORIZATION, CONNECTION, HOST, HeaderMap, HeaderName, HeaderValue, LOCATION, RETRY_AFTER,
-    SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_PROTOCOL, SEC_WEBSOCKET_VERSION,
-    UPGRADE, USER_AGENT,
+    AUTHORIZATION, CONNECTION, DATE, HOST, HeaderMap, HeaderName, HeaderValue, LOCATION,
+    RETRY_AFTER, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_PROTOCOL,
+    SEC_WEBSOCKET_VERSION, SERVER, UPGRADE, USER_AGENT,
 };
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
@@ -198,6 +198,25 @@ pub enum TlsFault {
     Other(String),
 }
 
+/// What a dial met on its way; filled as far as it came.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Steps {
+    /// The name that was resolved; empty for a Unix socket.
+    pub host: String,
+    /// What it resolves to.
+    pub addresses: Vec<SocketAddr>,
+    /// There is a connection to the endpoint.
+    pub connected: bool,
+    /// The server's own certificate (DER), which was accepted.
+    pub certificate: Option<Vec<u8>>,
+    /// Status of the answer to the upgrade.
+    pub status: Option<u16>,
+    /// The answer's `Date`, as sent.
+    pub date: Option<String>,
+    /// The answer's `Server`, printable: proxies name themselves there.
+    pub server: Option<String>,
+}
+
 /// Opens a WebSocket: resolves the name anew, tries each address, then upgrades with the token.
 ///
 /// `tls` is needed where the endpoint says TLS. Nothing is retried: the caller decides by the
@@ -209,31 +228,49 @@ pub async fn connect(
     subprotocol: &'static str,
     timeout: Duration,
 ) -> Result<Socket, ConnectError> {
+    connect_noting(endpoint, tls, token, subprotocol, timeout, &mut Steps::default()).await
+}
+
+/// [`connect`], for somebody who wants to know how far it came.
+pub async fn connect_noting(
+    endpoint: &Endpoint,
+    tls: Option<Arc<ClientConfig>>,
+    token: &str,
+    subprotocol: &'static str,
+    timeout: Duration,
+    steps: &mut Steps,
+) -> Result<Socket, ConnectError> {
     let attempt = async {
-        let io = open(endpoint, tls).await?;
-        upgrade(endpoint, io, token, subprotocol).await
+        let io = open(endpoint, tls, steps).await?;
+        upgrade(endpoint, io, token, subprotocol, steps).await
     };
     tokio::time::timeout(timeout, attempt)
         .await
         .map_err(|_| ConnectError::Timeout { url: endpoint.url.clone(), after: timeout })?
 }
 
-async fn open(endpoint: &Endpoint, tls: Option<Arc<ClientConfig>>) -> Result<Io, ConnectError> {
+async fn open(
+    endpoint: &Endpoint,
+    tls: Option<Arc<ClientConfig>>,
+    steps: &mut Steps,
+) -> Result<Io, ConnectError> {
     let stream = match &endpoint.address {
         EndpointAddress::Unix(path) => {
             let stream = UnixStream::connect(path).await.map_err(|source| {
                 ConnectError::Unreachable { address: format!("unix:{}", path.display()), source }
             })?;
+            steps.connected = true;
             return Ok(Io::new(stream));
         }
         EndpointAddress::Tcp { host, port } => match &endpoint.proxy {
-            None => tcp(host, *port).await?,
+            None => tcp(host, *port, steps).await?,
             Some(proxy) => {
-                let stream = tcp(&proxy.host, proxy.port).await?;
+                let stream = tcp(&proxy.host, proxy.port, steps).await?;
                 tunnel(stream, proxy, host, *port).await?
             }
         },
     };
+    steps.connected = true;
     if !endpoint.tls {
         return Ok(Io::new(stream));
     }
@@ -246,7 +283,18 @@ async fn open(endpoint: &Endpoint, tls: Option<Arc<ClientConfig>>) -> Result<Io,
         .connect(name, stream)
         .await
         .map_err(|error| ConnectError::Tls { host, fault: tls_fault(&error) })?;
+    let chain = stream.get_ref().1.peer_certificates();
+    steps.certificate = chain.and_then(<[_]>::first).map(|own| own.to_vec());
     Ok(Io::new(stream))
+}
+
+impl Steps {
+    fn note_answer(&mut self, response: &Response<Body>) {
+        let header = |name| text(response.headers(), &name).map(|text| printable(text.as_bytes()));
+        self.status = Some(response.status().as_u16());
+        self.date = header(DATE);
+        self.server = header(SERVER);
+    }
 }
 
 /// The `Host` header's name without its port and brackets.
@@ -260,11 +308,12 @@ fn server_name(host: &str) -> &str {
     }
 }
 
-async fn tcp(host: &str, port: u16) -> Result<TcpStream, ConnectError> {
+async fn tcp(host: &str, port: u16, steps: &mut Steps) -> Result<TcpStream, ConnectError> {
     let resolve = |source| ConnectError::Resolve { host: host.to_owned(), source };
-    let addresses: Vec<SocketAddr> = lookup_host((host, port)).await.map_err(resolve)?.collect();
+    host.clone_into(&mut steps.host);
+    steps.addresses = lookup_host((host, port)).await.map_err(resolve)?.collect();
     let mut last = resolve(io::Error::other("the name has no address"));
-    for address in addresses {
+    for &address in &steps.addresses {
         match TcpStream::connect(address).await {
             Ok(stream) => {
                 // Receipts and small frames must not wait for a full segment. Failing here only
@@ -311,6 +360,7 @@ async fn upgrade(
     io: Io,
     token: &str,
     subprotocol: &'static str,
+    steps: &mut Steps,
 ) -> Result<Socket, ConnectError> {
     let mut nonce = [0; 16];
     getrandom::fill(&mut nonce)
@@ -326,6 +376,7 @@ async fn upgrade(
     let connection = connection.with_upgrades();
     let exchange = async {
         let response = client.send_request(request).await.map_err(ConnectError::Broken)?;
+        steps.note_answer(&response);
         accept(response, subprotocol, &key).await
     };
     let mut exchange = std::pin::pin!(exchange);

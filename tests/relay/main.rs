@@ -3,6 +3,7 @@
 mod support;
 
 mod certificates;
+mod check;
 mod configuration;
 mod crash;
 mod demo;
@@ -11,9 +12,11 @@ mod dialled;
 mod disk;
 mod elasticsearch;
 mod files;
+mod fleet;
 mod http_intake;
 mod network;
 mod nginx;
+mod package;
 mod parsing;
 mod protocol_doc;
 mod readme;

@@ -62,6 +62,7 @@ fn whole_run(version: &str) {
     setup.args(["setup", "--elasticsearch", &node.url(), "--dead-letter-index", "v-dead"]);
     setup.args(["--index", "v-{type}-{yyyy.MM.dd}"]);
     run(setup).ok();
+    crate::check::cluster(&node, "v-{type}-{yyyy.MM.dd}", "v-dead");
 
     let receiver = bench.receiver_into(&node.url(), "v");
     let arguments = ["app.log", "--receipts", "receipts.jsonl", "--timezone", "UTC"];

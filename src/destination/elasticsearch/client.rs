@@ -11,7 +11,8 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
-use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, HeaderValue};
+use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, DATE, HeaderValue};
+use reqwest::tls::TlsInfo;
 use reqwest::{Method, Url};
 use serde_json::Value;
 use thiserror::Error;
@@ -135,6 +136,17 @@ impl RequestError {
     }
 }
 
+/// An answer with what stands beside its body.
+#[derive(Debug)]
+pub(super) struct Look {
+    /// JSON, where the status is a success.
+    pub body: Result<Value, RequestError>,
+    /// The `Date` header: proxies send it, Elasticsearch does not.
+    pub date: Option<String>,
+    /// The server's own certificate (DER), over TLS.
+    pub certificate: Option<Vec<u8>>,
+}
+
 /// A connection pool to one cluster.
 #[derive(Debug)]
 pub struct Client {
@@ -150,6 +162,15 @@ pub struct Client {
 impl Client {
     /// Reads the secret and the authorities; connects to nothing.
     pub fn new(config: &ElasticsearchConfig) -> Result<Client, ConfigureError> {
+        Client::build(config, false)
+    }
+
+    /// The same, for one whose [`Look`] shows certificates.
+    pub(super) fn noting(config: &ElasticsearchConfig) -> Result<Client, ConfigureError> {
+        Client::build(config, true)
+    }
+
+    fn build(config: &ElasticsearchConfig, tls_info: bool) -> Result<Client, ConfigureError> {
         let bases = config.urls.iter().map(|url| base(url)).collect::<Result<Vec<_>, _>>()?;
         if bases.is_empty() {
             return Err(ConfigureError::NoUrl);
@@ -163,6 +184,7 @@ impl Client {
             .retry(reqwest::retry::never())
             .connect_timeout(CONNECT_TIMEOUT)
             .pool_idle_timeout(IDLE_TIMEOUT)
+            .tls_info(tls_info)
             .pool_max_idle_per_host(config.requests.max(1) + 1)
             .tcp_keepalive(Duration::from_secs(20));
         if let Some(path) = &config.ca {
@@ -179,6 +201,30 @@ impl Client {
     pub async fn search(&self, wildcard: &str, body: Value) -> Result<Value, RequestError> {
         let path = format!("/{wildcard}/_search?ignore_unavailable=true&allow_no_indices=true");
         self.json(Method::POST, &path, Some(&body)).await
+    }
+
+    /// The base URLs, in order.
+    pub(super) fn bases(&self) -> &[String] {
+        &self.bases
+    }
+
+    /// One `GET` to one URL, with what its answer says beside its body. Any status is an answer.
+    pub(super) async fn look(&self, node: usize, path: &str) -> Result<Look, RequestError> {
+        let request = self.request(node, Method::GET, path).timeout(CONNECT_TIMEOUT);
+        let response = request.send().await.map_err(|error| self.fault(node, &error))?;
+        let date = response.headers().get(DATE).and_then(|date| date.to_str().ok());
+        let date = date.map(str::to_owned);
+        let tls = response.extensions().get::<TlsInfo>();
+        let certificate = tls.and_then(TlsInfo::peer_certificate).map(<[u8]>::to_vec);
+        let mut reply = Vec::new();
+        let status = self.read(node, response, &mut reply, REPLY_BYTES_MAX).await?;
+        let body = if (200..300).contains(&status) {
+            serde_json::from_slice(&reply)
+                .map_err(|_| RequestError::NotJson(self.bases[node].clone()))
+        } else {
+            Err(RequestError::Status { status, reason: error_of_request(&reply) })
+        };
+        Ok(Look { body, date, certificate })
     }
 
     /// How many URLs are configured.
@@ -277,9 +323,18 @@ impl Client {
         reply_bytes_max: usize,
     ) -> Result<u16, RequestError> {
         reply.clear();
-        let fault = |error| self.fault(node, &error);
-        let mut response = request.send().await.map_err(fault)?;
-        while let Some(chunk) = response.chunk().await.map_err(fault)? {
+        let response = request.send().await.map_err(|error| self.fault(node, &error))?;
+        self.read(node, response, reply, reply_bytes_max).await
+    }
+
+    async fn read(
+        &self,
+        node: usize,
+        mut response: reqwest::Response,
+        reply: &mut Vec<u8>,
+        reply_bytes_max: usize,
+    ) -> Result<u16, RequestError> {
+        while let Some(chunk) = response.chunk().await.map_err(|error| self.fault(node, &error))? {
             if reply.len() + chunk.len() > reply_bytes_max {
                 return Err(RequestError::TooLong(reply_bytes_max));
             }

@@ -19,6 +19,7 @@ mod aside;
 mod batch;
 mod bulk;
 mod client;
+mod cluster;
 mod dead_letter;
 mod exchange;
 mod target;
@@ -41,6 +42,7 @@ use crate::config::ElasticsearchConfig;
 use super::Queue;
 
 pub use client::{Client, ConfigureError, RequestError};
+pub use cluster::{Cluster, Node, Privileges, Template, VersionError, supported};
 pub use template::{SetupError, SetupRequest, render, setup, setup_requests};
 
 /// Between the first and the second create of a conflict, at least. A conflict is answered from

@@ -13,10 +13,14 @@ use crate::record::IndexRule;
 use super::client::{Client, ConfigureError, RequestError};
 
 /// Name of the template for lines.
-const LINES_TEMPLATE: &str = "waybill";
+pub(super) const LINES_TEMPLATE: &str = "waybill";
 
 /// Name of the template for the dead letter.
-const DEAD_LETTER_TEMPLATE: &str = "waybill-dead-letter";
+pub(super) const DEAD_LETTER_TEMPLATE: &str = "waybill-dead-letter";
+
+/// Version of both templates, to be raised with each change: `waybill check` compares it with what
+/// the cluster has.
+pub(super) const VERSION: u64 = 1;
 
 /// Above Elastic's built-in templates (100), and room for a user's own above ours.
 const PRIORITY: u32 = 200;
@@ -109,6 +113,7 @@ fn dead_letter_template(index: &str) -> Value {
         "index_patterns": [index],
         // One more, so that it wins where the rule's wildcard covers this name too.
         "priority": PRIORITY + 1,
+        "version": VERSION,
         "template": {
             "settings": settings(),
             "mappings": {
@@ -129,6 +134,7 @@ fn lines_template(wildcard: &str) -> Value {
     json!({
         "index_patterns": [wildcard],
         "priority": PRIORITY,
+        "version": VERSION,
         "template": {
             "settings": settings(),
             "mappings": {

@@ -11,6 +11,7 @@ use uuid::Uuid;
 use super::*;
 use crate::config::{Listen, value};
 use crate::protocol::Control;
+use crate::sender::link::Links;
 use crate::transport::{ConnectError, Incoming, connect};
 
 const LONG: Duration = Duration::from_secs(60);
@@ -28,9 +29,11 @@ fn listen() -> Sender {
     let tokens = dir.path().join("tokens.toml");
     std::fs::write(&tokens, "").expect("written");
     let stop = CancellationToken::new();
-    let (links, _) = watch::channel(None);
+    let (links, _) = watch::channel(Links::default());
     let instance = Uuid::from_u128(7);
-    let connections = Connections { instance, compress: false, links, stop: stop.clone() };
+    let stopping = stop.clone();
+    let connections =
+        Connections { instance, compress: false, rate_limit: None, links, stop: stopping };
     let listen = Listen::Tcp(SocketAddr::from(([127, 0, 0, 1], 0)));
     let config = ListenConfig { listen, tls: None, tokens: tokens.clone() };
     let listening = Listening::open(config, connections).expect("bound");

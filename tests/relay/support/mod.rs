@@ -3,6 +3,8 @@
 #[allow(dead_code)]
 pub mod documents;
 #[allow(dead_code)]
+pub mod host;
+#[allow(dead_code)]
 pub mod network;
 #[allow(dead_code)]
 pub mod proxy;

@@ -1,0 +1,72 @@
+//! The receiver's side.
+
+use std::io;
+use std::path::Path;
+
+use jiff::Timestamp;
+
+use super::{ENDS_SOON, Report, cluster, local};
+use crate::cli;
+use crate::config::{DestinationConfig, Environment, Listen, load_receive};
+use crate::record::escape_path;
+use crate::tokens::Tokens;
+
+pub(super) async fn check(
+    args: cli::Receive,
+    environment: &Environment,
+    report: &mut Report,
+) -> anyhow::Result<()> {
+    let file = args.config.clone();
+    let loaded = load_receive(args.layer(environment), file.as_deref(), environment);
+    let Some(config) = report.configuration(loaded)? else { return Ok(()) };
+    if let Some(Listen::Unix(path)) = &config.listen {
+        local::socket(report, None, path)?;
+    }
+    if let Some(tls) = &config.tls {
+        local::certificate(report, "tls", None, tls)?;
+    }
+    tokens(report, &config.tokens)?;
+    for sender in &config.dials {
+        let message = "not dialled: that would take over from a receiver that runs";
+        report.skip("sender", Some(&sender.endpoint.url), message)?;
+    }
+    match &config.destination {
+        DestinationConfig::Embedded(store) => {
+            local::folder(report, "store", store.file.parent().unwrap_or(Path::new("/")))?;
+        }
+        DestinationConfig::Elasticsearch(elasticsearch) => {
+            cluster::check(report, elasticsearch, &config.rule).await?;
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn tokens(report: &mut Report, file: &Path) -> io::Result<()> {
+    const CHECK: &str = "tokens";
+    let tokens = match Tokens::load(file) {
+        Ok(tokens) => tokens,
+        Err(error) => return report.fail(CHECK, None, error.to_string()),
+    };
+    let now = Timestamp::now();
+    let mut valid = 0;
+    for entry in tokens.entries().iter().filter(|entry| entry.is_valid(now)) {
+        valid += 1;
+        if let Some(end) = entry.expires.filter(|end| *end < now + ENDS_SOON) {
+            let message = format!(
+                "the token of {:?} ends at {end}: waybill token {0:?} --tokens {} --rotate",
+                entry.name,
+                escape_path(file)
+            );
+            report.warn(CHECK, None, message)?;
+        }
+    }
+    match valid {
+        0 => {
+            let path = escape_path(file);
+            let message = format!("nobody may enter: waybill token NAME --tokens {path}");
+            report.fail(CHECK, None, message)
+        }
+        1 => report.ok(CHECK, None, "1 may enter"),
+        valid => report.ok(CHECK, None, format!("{valid} may enter")),
+    }
+}
