@@ -10,8 +10,9 @@ use uuid::Uuid;
 
 use super::Receiver;
 use super::session::Sender;
+use super::text;
 use super::tokens::{self, Entry, TokenHash};
-use crate::protocol::SUBPROTOCOL;
+use crate::protocol::{SUBPROTOCOL, TEXT_SUBPROTOCOL};
 use crate::record::SenderId;
 use crate::transport::{Answer, Peer, Refuse, Request};
 
@@ -30,8 +31,27 @@ pub struct Accepted {
     pub(super) sender: Sender,
     pub(super) hash: TokenHash,
     pub(super) peer: Peer,
+    pub(super) speaks: Speaks,
     /// Held while the connection lives.
     pub(super) _slot: Slot,
+}
+
+/// The subprotocol of a connection.
+#[derive(Clone, Debug)]
+pub(super) enum Speaks {
+    /// `waybill.v1`.
+    Frames,
+    /// `waybill.text.v1`.
+    Lines(text::Origin),
+}
+
+impl Speaks {
+    fn subprotocol(&self) -> &'static str {
+        match self {
+            Speaks::Frames => SUBPROTOCOL,
+            Speaks::Lines(_) => TEXT_SUBPROTOCOL,
+        }
+    }
 }
 
 impl Sender {
@@ -46,7 +66,7 @@ pub(super) fn answer(receiver: &Receiver, request: &Request) -> Answer<Accepted>
         return Answer::Refuse(plain(receiver, request));
     }
     match admit(receiver, request) {
-        Ok(session) => Answer::Accept { subprotocol: SUBPROTOCOL, session },
+        Ok(session) => Answer::Accept { subprotocol: session.speaks.subprotocol(), session },
         Err(refuse) => {
             info!(peer = %request.peer(), status = refuse.status, why = refuse.body.trim_end(), "refused");
             Answer::Refuse(refuse)
@@ -81,14 +101,20 @@ fn admit(receiver: &Receiver, request: &Request) -> Result<Accepted, Refuse> {
     }
     let (sender, hash) = authenticate(receiver, request)
         .ok_or_else(|| Refuse::new(401, "the token is missing, unknown, expired or revoked\n"))?;
-    if !request.offers(SUBPROTOCOL) {
-        return Err(Refuse::new(400, format!("the subprotocol spoken here is {SUBPROTOCOL}\n")));
-    }
+    let speaks = if request.offers(SUBPROTOCOL) {
+        Speaks::Frames
+    } else if request.offers(TEXT_SUBPROTOCOL) {
+        Speaks::Lines(text::Origin::read(request.query(), &sender)?)
+    } else {
+        let text =
+            format!("the subprotocols spoken here are {SUBPROTOCOL} and {TEXT_SUBPROTOCOL}\n");
+        return Err(Refuse::new(400, text));
+    };
     let slot = receiver.slots.take(sender.id).ok_or_else(|| {
         let text = format!("this sender has {CONNECTIONS_MAX} connections open already\n");
         Refuse { retry_after: Some(RETRY_AFTER), ..Refuse::new(429, text) }
     })?;
-    Ok(Accepted { sender, hash, peer: request.peer(), _slot: slot })
+    Ok(Accepted { sender, hash, peer: request.peer(), speaks, _slot: slot })
 }
 
 fn authenticate(receiver: &Receiver, request: &Request) -> Option<(Sender, TokenHash)> {

@@ -9,6 +9,7 @@ mod gate;
 mod health;
 mod outstanding;
 mod session;
+mod text;
 pub mod tokens;
 mod watch;
 
@@ -24,11 +25,11 @@ use tracing::{info, warn};
 pub use gate::Accepted;
 
 use crate::config::ReceiveConfig;
-use crate::destination::{Destination, Queue};
+use crate::destination::{Destination, Frame, Queue};
 use crate::protocol::FRAME_BYTES_MAX;
 use crate::shutdown::Shutdown;
 use crate::transport::{Answer, Handler, Listener, Request, Socket};
-use gate::{Instances, Slots};
+use gate::{Instances, Slots, Speaks};
 use health::Health;
 use session::Terms;
 use tokens::{Tokens, TokensError};
@@ -126,6 +127,15 @@ impl Receiver {
         stop.cancel();
     }
 
+    /// Hands a frame to the destination.
+    fn hand_on(&self, frame: Frame) {
+        let held = self.memory_bytes_max - self.memory.available_permits();
+        if held == frame.memory.num_permits() {
+            self.health.note();
+        }
+        self.queue.push(frame);
+    }
+
     fn memory_in_use(&self) -> bool {
         self.memory.available_permits() < self.memory_bytes_max
     }
@@ -140,7 +150,10 @@ impl Handler for Receiver {
 
     async fn serve(self: Arc<Self>, accepted: Accepted, socket: Socket) {
         let _counted = self.sessions.token();
-        connection::run(self, accepted, socket).await;
+        match accepted.speaks.clone() {
+            Speaks::Frames => connection::run(self, accepted, socket).await,
+            Speaks::Lines(origin) => text::run(self, accepted, origin, socket).await,
+        }
     }
 }
 
