@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use crate::support::clients;
 use crate::support::documents::prefix;
 use crate::support::servers::{Elasticsearch, root, spawn_bound, wait_until};
-use crate::support::waybill::{Bench, PATIENCE, Receiver, lines, waybill};
+use crate::support::waybill::{Bench, PATIENCE, Receiver, lines, unread, waybill};
 
 const DAY_MS: u64 = 24 * 60 * 60 * 1000;
 
@@ -315,20 +315,6 @@ fn lines_with_keys_survive_a_kill_in_the_middle_and_each_is_stored_once() {
 }
 
 // --- Backpressure ----------------------------------------------------------------------------------------------------
-
-/// Bytes that wait to be read by whoever listens on this port.
-fn unread(port: u16) -> u64 {
-    let table = fs::read_to_string("/proc/net/tcp").expect("Linux");
-    let hexadecimal = |text: &str| u64::from_str_radix(text, 16).unwrap_or_default();
-    let waiting = table.lines().skip(1).filter_map(|line| {
-        let mut fields = line.split_whitespace().skip(1);
-        let (_, local) = fields.next()?.split_once(':')?;
-        let (state, queues) = (fields.nth(1)?, fields.next()?);
-        let (_, unread) = queues.split_once(':')?;
-        (hexadecimal(local) == u64::from(port) && state == "01").then(|| hexadecimal(unread))
-    });
-    waiting.sum()
-}
 
 /// The receiver stops reading, so that its memory stays bounded, and goes on when its answers are read.
 #[test]

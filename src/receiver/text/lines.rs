@@ -231,7 +231,8 @@ impl Lines {
             return;
         }
         let Current { handle, ref segment, days, end } = self.current;
-        let records = Bytes::from(std::mem::take(&mut self.records));
+        // Without spare capacity: what is counted is what is held.
+        let records = Bytes::from(std::mem::take(&mut self.records).into_boxed_slice());
         let offset = end - records.len() as u64;
         let segment = Arc::clone(segment);
         self.closed.push_back(Batch { handle, offset, segment, days, records });

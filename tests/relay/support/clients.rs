@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
 
-use super::servers::{have, skip};
+use super::servers::{cache, have, skip};
 
 const WEBSOCKETS: &str = "15.0.1";
 const WS: &str = "8.18.3";
@@ -49,12 +49,12 @@ fn installed(
     name: &str,
     install: impl FnOnce(&Path) -> Result<(), String>,
 ) -> Option<PathBuf> {
-    let folder = cache().join(name);
+    let folder = cache().join("clients").join(name);
     let made = known.get_or_init(|| {
         if folder.is_dir() {
             return Some(folder.clone());
         }
-        let made = cache().join(format!("{name}.{}", std::process::id()));
+        let made = cache().join("clients").join(format!("{name}.{}", std::process::id()));
         let _ = fs::create_dir_all(&made);
         let outcome = install(&made).and_then(|()| match fs::rename(&made, &folder) {
             Err(error) if !folder.is_dir() => Err(error.to_string()),
@@ -82,12 +82,4 @@ fn said(output: std::io::Result<Output>) -> Result<(), String> {
             Err(String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned())
         }
     }
-}
-
-fn cache() -> PathBuf {
-    let cache = std::env::var_os("WAYBILL_CACHE").map(PathBuf::from).unwrap_or_else(|| {
-        let home = || Path::new(&std::env::var_os("HOME").unwrap_or("/root".into())).join(".cache");
-        std::env::var_os("XDG_CACHE_HOME").map_or_else(home, PathBuf::from).join("waybill")
-    });
-    cache.join("clients")
 }
