@@ -29,8 +29,8 @@ fn keyed(line: &str, key: &str, time: u64) -> String {
 
 /// Python's `websockets`, steered by `tests/fixtures/text_client.py`.
 struct Client {
-    child: Child,
-    commands: Option<ChildStdin>,
+    _program: Program,
+    commands: ChildStdin,
     said: mpsc::Receiver<String>,
 }
 
@@ -50,7 +50,7 @@ impl Client {
                 }
             }
         });
-        Client { commands: child.stdin.take(), child, said }
+        Client { commands: child.stdin.take().expect("a pipe"), _program: Program(child), said }
     }
 
     fn connect(python: &Path, bench: &Bench, receiver: &Receiver) -> Client {
@@ -60,8 +60,7 @@ impl Client {
     }
 
     fn tell(&mut self, command: Value) {
-        let commands = self.commands.as_mut().expect("not closed");
-        writeln!(commands, "{command}").expect("the client lives");
+        writeln!(self.commands, "{command}").expect("the client lives");
     }
 
     fn send(&mut self, message: &str) {
@@ -97,11 +96,13 @@ impl Client {
     }
 }
 
-impl Drop for Client {
+/// A client's process; it ends with the test.
+struct Program(Child);
+
+impl Drop for Program {
     fn drop(&mut self) {
-        self.commands.take();
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 
@@ -130,12 +131,18 @@ fn fixture() -> String {
 
 fn run(mut command: Command, bench: &Bench, messages: &str) -> (Vec<Value>, bool) {
     let input = fs::File::open(bench.write("messages", messages)).expect("the messages");
-    let output = command.stdin(input).stderr(Stdio::inherit()).output().expect("it runs");
-    let text = String::from_utf8_lossy(&output.stdout);
-    // Where it is killed its last line may be half of one.
-    let answers = text.lines().filter(|line| line.ends_with('}'));
-    let answers = answers.map(|line| serde_json::from_str(line).expect("an answer")).collect();
-    (answers, output.status.success())
+    let answers = bench.path("answers");
+    let output = fs::File::create(&answers).expect("a file");
+    command.stdin(input).stdout(output);
+    let mut program = Program(spawn_bound(command).expect("it runs"));
+    let mut status = None;
+    wait_until("the client ends", 3 * PATIENCE, || {
+        status = program.0.try_wait().expect("wait");
+        status.is_some()
+    });
+    let text = fs::read_to_string(&answers).expect("its answers");
+    let answers = text.lines().map(|line| serde_json::from_str(line).expect("an answer"));
+    (answers.collect(), status.is_some_and(|status| status.success()))
 }
 
 /// What some answers say under a name, in order.
