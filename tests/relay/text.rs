@@ -106,14 +106,14 @@ impl Drop for Program {
     }
 }
 
-/// Runs `tests/fixtures/text_client.mjs` or a script of the page over these messages: its answers, and whether the
-/// connection lived until all of them were there.
+/// Runs `tests/fixtures/text_client.mjs` or a script of the page: its answers, and whether the connection lived until
+/// all of them were there.
 fn node(
     modules: &Path,
     bench: &Bench,
     script: &str,
     url: &str,
-    messages: &str,
+    feed: impl FnOnce(&mut ChildStdin),
 ) -> (Vec<Value>, bool) {
     let script = bench.write("client.mjs", script);
     let link = bench.path("node_modules");
@@ -122,19 +122,26 @@ fn node(
     }
     let mut command = Command::new("node");
     command.arg(script).arg(url).arg(bench.path("test.token"));
-    run(command, bench, messages)
+    run(command, bench, feed)
 }
 
 fn fixture() -> String {
     fs::read_to_string(root().join("tests/fixtures/text_client.mjs")).expect("the fixture")
 }
 
-fn run(mut command: Command, bench: &Bench, messages: &str) -> (Vec<Value>, bool) {
-    let input = fs::File::open(bench.write("messages", messages)).expect("the messages");
+/// Runs a client to its end; `feed` gives it its lines.
+fn run(
+    mut command: Command,
+    bench: &Bench,
+    feed: impl FnOnce(&mut ChildStdin),
+) -> (Vec<Value>, bool) {
     let answers = bench.path("answers");
-    let output = fs::File::create(&answers).expect("a file");
-    command.stdin(input).stdout(output);
+    // A file takes all that comes, while the client is being fed.
+    command.stdin(Stdio::piped()).stdout(fs::File::create(&answers).expect("a file"));
     let mut program = Program(spawn_bound(command).expect("it runs"));
+    let mut input = program.0.stdin.take().expect("a pipe");
+    feed(&mut input);
+    drop(input);
     let mut status = None;
     wait_until("the client ends", 3 * PATIENCE, || {
         status = program.0.try_wait().expect("wait");
@@ -143,6 +150,10 @@ fn run(mut command: Command, bench: &Bench, messages: &str) -> (Vec<Value>, bool
     let text = fs::read_to_string(&answers).expect("its answers");
     let answers = text.lines().map(|line| serde_json::from_str(line).expect("an answer"));
     (answers.collect(), status.is_some_and(|status| status.success()))
+}
+
+fn feed(messages: &str) -> impl FnOnce(&mut ChildStdin) + '_ {
+    move |input| input.write_all(messages.as_bytes()).expect("the client lives")
 }
 
 /// What some answers say under a name, in order.
@@ -180,7 +191,7 @@ fn ten_lines_of_python_ship_lines_and_get_their_ids() {
     let script = bench.write("lines.py", page("python"));
     let mut command = Command::new(python);
     command.arg(script).arg(receiver.url() + "?type=nginx").arg(bench.path("test.token"));
-    let (answers, ended_well) = run(command, &bench, &lines("line", 50));
+    let (answers, ended_well) = run(command, &bench, feed(&lines("line", 50)));
     assert!(ended_well);
     assert_eq!(all(&answers, "verdict"), ["stored"; 50]);
     assert!(all(&answers, "index").iter().all(|index| index.starts_with("waybill-nginx-")));
@@ -194,7 +205,7 @@ fn ten_lines_of_node_ship_lines_and_get_their_ids() {
     let bench = Bench::new();
     let receiver = bench.receiver();
     let url = receiver.url();
-    let (answers, ended_well) = node(&modules, &bench, &page("js"), &url, &lines("line", 50));
+    let (answers, ended_well) = node(&modules, &bench, &page("js"), &url, feed(&lines("line", 50)));
     assert!(ended_well);
     assert_eq!(all(&answers, "verdict"), ["stored"; 50]);
     assert_stored(&bench, &answers);
@@ -298,19 +309,23 @@ fn lines_with_keys_survive_a_kill_in_the_middle_and_each_is_stored_once() {
     let bench = Bench::new();
     let mut receiver = bench.receiver();
     let now = now_ms();
-    let messages: String = (0..LINES)
-        .map(|number| keyed(&format!("line {number}"), &format!("run-{number}"), now) + "\n")
-        .collect();
+    let messages = |from, to| -> String {
+        let line = |number| keyed(&format!("line {number}"), &format!("run-{number}"), now) + "\n";
+        (from..to).map(line).collect()
+    };
     let (url, script) = (receiver.url(), fixture());
-    let first = thread::scope(|scope| {
-        let client = scope.spawn(|| node(&modules, &bench, &script, &url, &messages));
+    let first = node(&modules, &bench, &script, &url, |input| {
+        feed(&messages(0, LINES - 1000))(input);
         bench.wait_for_lines(100);
+        // Some lines are in its hands, and some will be that it never reads.
+        receiver.process().signal("-STOP");
+        feed(&messages(LINES - 1000, LINES))(input);
+        wait_until("lines are on the wire", PATIENCE, || unread(receiver.port()) > 0);
         receiver.kill_hard();
-        client.join().expect("the client ends")
     });
     assert!(!first.1 && first.0.len() < LINES, "the kill fell in the middle");
     receiver.start();
-    let (answers, ended_well) = node(&modules, &bench, &script, &url, &messages);
+    let (answers, ended_well) = node(&modules, &bench, &script, &url, feed(&messages(0, LINES)));
     assert!(ended_well);
     assert_eq!(answers.len(), LINES);
     // What was answered before the kill is stored (I1), and answers come in the order of their messages.
