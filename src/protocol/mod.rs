@@ -15,6 +15,9 @@ pub use message::{
 /// The WebSocket subprotocol (RFC 6455 §1.9); an unknown one is refused at the handshake.
 pub const SUBPROTOCOL: &str = "waybill.v1";
 
+/// The subprotocol of clients that send a line per message, see [`crate::receiver`].
+pub const TEXT_SUBPROTOCOL: &str = "waybill.text.v1";
+
 /// Protocol version in `hello` and `welcome`; versions may differ by one.
 pub const VERSION: u32 = 1;
 

@@ -6,6 +6,7 @@
 use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use jiff::Timestamp;
@@ -22,10 +23,11 @@ use crate::record::Day;
 use crate::tokens::Tokens;
 use crate::transport::{
     Beat, Heartbeat, Incoming, Outgoing, Socket, SocketError, SocketReceiver, SocketSender, close,
+    hang_up,
 };
 
 /// Messages on their way to the writing half.
-const WRITES_MAX: usize = 64;
+pub(super) const WRITES_MAX: usize = 64;
 
 /// Messages that wait for those; beyond it nothing is read and no receipt taken (I7).
 const BACKLOG_MAX: usize = 256;
@@ -38,7 +40,7 @@ const RECEIPT_BYTES: usize = 32 << 10;
 
 /// Why a connection ends.
 #[derive(Debug)]
-enum End {
+pub(super) enum End {
     /// The sender closed.
     Closed { code: u16, reason: String },
     /// The connection is gone; nobody is there to close to.
@@ -83,9 +85,9 @@ pub(super) async fn serve(receiver: Arc<Receiver>, accepted: Accepted, socket: S
     let heartbeat = socket.heartbeat();
     let (sender, incoming) = socket.split();
     let (writes, written) = mpsc::channel(WRITES_MAX);
-    let writing = write(sender, written);
     let name = accepted.sender.name.clone();
     let peer = accepted.peer.clone();
+    let receipted = Arc::new(AtomicBool::new(false));
     let mut connection = Connection {
         session: Session::new(accepted.sender.clone(), Arc::clone(&receiver.terms)),
         tokens: receiver.tokens.clone(),
@@ -98,15 +100,32 @@ pub(super) async fn serve(receiver: Arc<Receiver>, accepted: Accepted, socket: S
         backlog: VecDeque::new(),
         aside: None,
         drain_until: None,
-        receipted: false,
+        receipted: Arc::clone(&receipted),
     };
+    let driving = async move { (connection.drive(&writes).await, connection.incoming) };
+    let end = until_the_end(&name, &peer, driving, write(sender, written)).await;
+    match end {
+        End::Closed { code: close::POLICY, .. } => Ended::SentAway,
+        _ if receipted.load(Ordering::Relaxed) => Ended::AfterReceipts,
+        _ => Ended::Early,
+    }
+}
+
+/// Drives a connection beside its writing half, then closes it as its end asks. `driving` owns
+/// the channel to the writing half, and gives back the reading one.
+pub(super) async fn until_the_end(
+    name: &str,
+    peer: &str,
+    driving: impl Future<Output = (End, SocketReceiver)>,
+    writing: impl Future<Output = (SocketSender, Result<(), SocketError>)>,
+) -> End {
     let mut writing = std::pin::pin!(writing);
-    let end = tokio::select! {
-        end = connection.drive(&writes) => end,
+    let (end, incoming) = tokio::select! {
+        (end, incoming) = driving => (end, Some(incoming)),
         (_, result) = &mut writing => match result {
-            Err(error) => End::Lost(error),
-            // Not before `writes` is dropped.
-            Ok(()) => End::Lost(SocketError::Closed),
+            Err(error) => (End::Lost(error), None),
+            // Not before `driving` has ended.
+            Ok(()) => (End::Lost(SocketError::Closed), None),
         },
     };
     match &end {
@@ -120,20 +139,16 @@ pub(super) async fn serve(receiver: Arc<Receiver>, accepted: Accepted, socket: S
         }
         End::Ours { code, reason } => info!(sender = ?name, code, reason, "closing"),
     }
-    let ended = match &end {
-        End::Closed { code: close::POLICY, .. } => Ended::SentAway,
-        _ if connection.receipted => Ended::AfterReceipts,
-        _ => Ended::Early,
-    };
     let (code, reason) = match &end {
-        End::Lost(_) | End::Dead => return ended,
+        End::Lost(_) | End::Dead => return end,
         End::Closed { .. } => (close::NORMAL, ""),
         End::Violation(violation) => (violation.code, violation.reason.as_str()),
         End::Ours { code, reason } => (*code, *reason),
     };
-    drop(writes);
-    finish(writing, connection.incoming, code, reason).await;
-    ended
+    if let Some(incoming) = incoming {
+        finish(writing, incoming, code, reason).await;
+    }
+    end
 }
 
 /// The close handshake; bytes that still come in are read and dropped, because a socket that is
@@ -151,13 +166,21 @@ async fn finish(
         {
             debug!(%error, "no close handshake");
         }
+        sender
     };
-    let reading = async { while let Some(Ok(_)) = incoming.next().await {} };
-    let _ = timeout(CLOSE_TIMEOUT, async { tokio::join!(closing, reading) }).await;
+    let reading = async move {
+        while let Some(Ok(_)) = incoming.next().await {}
+        incoming
+    };
+    let _ = timeout(CLOSE_TIMEOUT, async {
+        let (sender, incoming) = tokio::join!(closing, reading);
+        hang_up(sender, incoming).await;
+    })
+    .await;
 }
 
 /// Writes what comes until the channel ends; many messages, one flush.
-async fn write(
+pub(super) async fn write(
     mut sender: SocketSender,
     mut messages: mpsc::Receiver<Outgoing>,
 ) -> (SocketSender, Result<(), SocketError>) {
@@ -191,7 +214,7 @@ struct Connection {
     hello_until: Instant,
     drain_until: Option<Instant>,
     /// A final receipt went out.
-    receipted: bool,
+    receipted: Arc<AtomicBool>,
 }
 
 struct Aside {
@@ -277,7 +300,7 @@ impl Connection {
             Event::Beat(Beat::Dead) if self.aside.is_some() => self.heartbeat.touch(),
             Event::Beat(Beat::Dead) => return Err(End::Dead),
             Event::Room => {}
-            Event::TokensChanged => self.check_token()?,
+            Event::TokensChanged => check_token(&self.receiver, &self.accepted)?,
             Event::HelloOverdue => {
                 return Err(Violation::new(close::POLICY, "said nothing").into());
             }
@@ -332,15 +355,11 @@ impl Connection {
 
     fn push(&mut self, taken: Taken, memory: OwnedSemaphorePermit) {
         let Taken { segment, days, frame } = taken;
-        let held = self.receiver.memory_bytes_max - self.receiver.memory.available_permits();
-        if held == memory.num_permits() {
-            self.receiver.health.note();
-        }
         let records = match frame.records.len() {
             0..COPY_BELOW_BYTES => Bytes::copy_from_slice(&frame.records),
             _ => frame.records,
         };
-        self.receiver.queue.push(Frame {
+        self.receiver.hand_on(Frame {
             segment,
             offset: frame.offset,
             read_at: frame.read_at,
@@ -357,7 +376,7 @@ impl Connection {
             self.session.settle(&receipt);
             if receipt.runs.iter().any(|run| run.verdict.is_final()) {
                 self.receiver.health.note();
-                self.receipted = true;
+                self.receipted.store(true, Ordering::Relaxed);
             }
             for part in parts(receipt) {
                 self.send(&Control::Receipt(part));
@@ -372,23 +391,23 @@ impl Connection {
     fn is_drained(&self) -> bool {
         self.session.is_idle() && self.backlog.is_empty()
     }
+}
 
-    /// A token that was revoked, replaced or has expired ends its connections; one whose entry
-    /// says something else now makes its sender connect again. So does the entry of a sender that
-    /// was dialled.
-    fn check_token(&self) -> Result<(), End> {
-        let tokens = Arc::clone(&self.receiver.tokens.borrow());
-        match self.accepted.entry(&tokens, Timestamp::now()) {
-            None => {
-                let reason = "the token was revoked, replaced or has expired";
-                Err(End::Ours { code: close::POLICY, reason })
-            }
-            Some(entry) if Sender::of(entry) != self.accepted.sender => {
-                let reason = "the entry of this token changed: connect again";
-                Err(End::Ours { code: close::RESTART, reason })
-            }
-            Some(_) => Ok(()),
+/// A token that was revoked, replaced or has expired ends its connections; one whose entry says
+/// something else now makes its sender connect again. So does the entry of a sender that was
+/// dialled.
+pub(super) fn check_token(receiver: &Receiver, accepted: &Accepted) -> Result<(), End> {
+    let tokens = Arc::clone(&receiver.tokens.borrow());
+    match accepted.entry(&tokens, Timestamp::now()) {
+        None => {
+            let reason = "the token was revoked, replaced or has expired";
+            Err(End::Ours { code: close::POLICY, reason })
         }
+        Some(entry) if Sender::of(entry) != accepted.sender => {
+            let reason = "the entry of this token changed: connect again";
+            Err(End::Ours { code: close::RESTART, reason })
+        }
+        Some(_) => Ok(()),
     }
 }
 

@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use tracing::{info, warn};
 
 use super::connection::{self, Ended};
-use super::gate::{Accepted, Proof};
+use super::gate::{Accepted, Proof, Speaks};
 use super::session::Sender;
 use super::{Receiver, Tokens};
 use crate::config::DialledSender;
@@ -90,6 +90,7 @@ impl Dial {
                         sender,
                         proof: Proof::Address,
                         peer: endpoint.url.clone(),
+                        speaks: Speaks::Frames,
                         _slot: None,
                     };
                     match connection::serve(Arc::clone(&receiver), accepted, socket).await {

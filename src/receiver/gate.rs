@@ -10,7 +10,8 @@ use uuid::Uuid;
 
 use super::Receiver;
 use super::session::Sender;
-use crate::protocol::SUBPROTOCOL;
+use super::text;
+use crate::protocol::{SUBPROTOCOL, TEXT_SUBPROTOCOL};
 use crate::record::SenderId;
 use crate::tokens::{self, Entry, TokenHash, Tokens};
 use crate::transport::{Answer, Refuse, Request};
@@ -31,6 +32,7 @@ pub struct Accepted {
     pub(super) proof: Proof,
     /// Its address, or the URL that was dialled, for the log.
     pub(super) peer: String,
+    pub(super) speaks: Speaks,
     /// Held while the connection lives; none for one that was dialled, which is one of few.
     pub(super) _slot: Option<Slot>,
 }
@@ -54,6 +56,24 @@ impl Accepted {
     }
 }
 
+/// The subprotocol of a connection.
+#[derive(Clone, Debug)]
+pub(super) enum Speaks {
+    /// `waybill.v1`.
+    Frames,
+    /// `waybill.text.v1`.
+    Lines(text::Origin),
+}
+
+impl Speaks {
+    fn subprotocol(&self) -> &'static str {
+        match self {
+            Speaks::Frames => SUBPROTOCOL,
+            Speaks::Lines(_) => TEXT_SUBPROTOCOL,
+        }
+    }
+}
+
 impl Sender {
     pub(super) fn of(entry: &Entry) -> Sender {
         Sender { id: entry.id, name: entry.name.clone(), types: entry.allowed_types() }
@@ -66,7 +86,7 @@ pub(super) fn answer(receiver: &Receiver, request: &Request) -> Answer<Accepted>
         return Answer::Refuse(plain(receiver, request));
     }
     match admit(receiver, request) {
-        Ok(session) => Answer::Accept { subprotocol: SUBPROTOCOL, session },
+        Ok(session) => Answer::Accept { subprotocol: session.speaks.subprotocol(), session },
         Err(refuse) => {
             info!(peer = %request.peer(), status = refuse.status, why = refuse.body.trim_end(), "refused");
             Answer::Refuse(refuse)
@@ -100,15 +120,21 @@ fn admit(receiver: &Receiver, request: &Request) -> Result<Accepted, Refuse> {
     }
     let (sender, hash) = authenticate(receiver, request)
         .ok_or_else(|| Refuse::new(401, "the token is missing, unknown, expired or revoked\n"))?;
-    if !request.offers(SUBPROTOCOL) {
-        return Err(Refuse::new(400, format!("the subprotocol spoken here is {SUBPROTOCOL}\n")));
-    }
+    let speaks = if request.offers(SUBPROTOCOL) {
+        Speaks::Frames
+    } else if request.offers(TEXT_SUBPROTOCOL) {
+        Speaks::Lines(text::Origin::read(request.query(), &sender)?)
+    } else {
+        let text =
+            format!("the subprotocols spoken here are {SUBPROTOCOL} and {TEXT_SUBPROTOCOL}\n");
+        return Err(Refuse::new(400, text));
+    };
     let slot = receiver.slots.take(sender.id).ok_or_else(|| {
         let text = format!("this sender has {CONNECTIONS_MAX} connections open already\n");
         Refuse::later(429, text, RETRY_AFTER)
     })?;
     let (proof, peer) = (Proof::Token(hash), request.peer().to_string());
-    Ok(Accepted { sender, proof, peer, _slot: Some(slot) })
+    Ok(Accepted { sender, proof, peer, speaks, _slot: Some(slot) })
 }
 
 fn authenticate(receiver: &Receiver, request: &Request) -> Option<(Sender, TokenHash)> {

@@ -10,6 +10,7 @@ mod gate;
 mod health;
 mod outstanding;
 mod session;
+mod text;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -24,12 +25,12 @@ pub use dial::Dial;
 pub use gate::Accepted;
 
 use crate::config::ReceiveConfig;
-use crate::destination::{Destination, Queue};
+use crate::destination::{Destination, Frame, Queue};
 use crate::protocol::FRAME_BYTES_MAX;
 use crate::shutdown::Shutdown;
 use crate::tokens::{self, Tokens, TokensError};
 use crate::transport::{Answer, Handler, Listener, Request, Socket};
-use gate::{Instances, Slots};
+use gate::{Instances, Slots, Speaks};
 use health::Health;
 use session::Terms;
 
@@ -131,6 +132,15 @@ impl Receiver {
         stop.cancel();
     }
 
+    /// Hands a frame to the destination.
+    fn hand_on(&self, frame: Frame) {
+        let held = self.memory_bytes_max - self.memory.available_permits();
+        if held == frame.memory.num_permits() {
+            self.health.note();
+        }
+        self.queue.push(frame);
+    }
+
     fn memory_in_use(&self) -> bool {
         self.memory.available_permits() < self.memory_bytes_max
     }
@@ -144,7 +154,10 @@ impl Handler for Receiver {
     }
 
     async fn serve(self: Arc<Self>, accepted: Accepted, socket: Socket) {
-        connection::serve(self, accepted, socket).await;
+        match accepted.speaks.clone() {
+            Speaks::Frames => drop(connection::serve(self, accepted, socket).await),
+            Speaks::Lines(origin) => text::run(self, accepted, origin, socket).await,
+        }
     }
 }
 

@@ -48,7 +48,7 @@ pub(super) struct Terms {
 }
 
 impl Terms {
-    fn day_bounds(&self, today: Day) -> DayBounds {
+    pub(super) fn day_bounds(&self, today: Day) -> DayBounds {
         DayBounds { from: today.plus(self.days.0), to: today.plus(self.days.1) }
     }
 }

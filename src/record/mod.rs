@@ -7,6 +7,7 @@ mod day;
 pub mod framing;
 mod id;
 mod index;
+mod origin;
 mod path;
 mod row;
 
@@ -14,5 +15,6 @@ pub use day::Day;
 pub use framing::{Framing, RECORD_BYTES_MAX, Record, RecordKind};
 pub use id::{DocumentId, IdPrefix, OFFSET_MAX, SegmentId, SenderId};
 pub use index::{DEFAULT_RULE, DEFAULT_TYPES, IndexRule, IndexRuleError, TypeName, TypeNameError};
+pub use origin::time_of_origin;
 pub use path::{escape_path, unescape_path};
 pub use row::{Format, Prefix, Row};

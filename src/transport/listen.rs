@@ -87,6 +87,11 @@ impl Request {
         self.head.uri.path()
     }
 
+    /// What stands behind the `?`, as it was sent.
+    pub fn query(&self) -> Option<&str> {
+        self.head.uri.query()
+    }
+
     /// Whether it is a `GET` or `HEAD`.
     pub fn is_get(&self) -> bool {
         matches!(self.head.method, Method::GET | Method::HEAD)

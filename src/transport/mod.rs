@@ -16,7 +16,9 @@ pub use connect::{ConnectError, Steps, TlsFault, connect, connect_noting};
 pub use heartbeat::{Beat, Heartbeat};
 pub use listen::{Answer, BindError, Handler, Listener, Peer, Refuse, Request};
 pub use retry::{Pause, Retry};
-pub use socket::{Incoming, Outgoing, Socket, SocketError, SocketReceiver, SocketSender, Text};
+pub use socket::{
+    Incoming, Outgoing, Socket, SocketError, SocketReceiver, SocketSender, Text, hang_up,
+};
 
 /// Close codes that Waybill uses (RFC 6455 §7.4.1 and the IANA registry).
 pub mod close {
@@ -26,6 +28,8 @@ pub mod close {
     pub const GOING_AWAY: u16 = 1001;
     /// The peer broke the protocol.
     pub const PROTOCOL: u16 = 1002;
+    /// A message of a kind that is not taken here.
+    pub const UNSUPPORTED: u16 = 1003;
     /// A close frame without a code; never sent.
     pub const NO_CODE: u16 = 1005;
     /// A message whose content is not what its type says.

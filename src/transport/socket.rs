@@ -10,6 +10,7 @@ use bytes::Bytes;
 use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt as _, StreamExt as _};
 use thiserror::Error;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::error::{CapacityError, Error as WsError, ProtocolError};
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
@@ -63,7 +64,7 @@ impl Socket {
     /// while it waits to write can block its peer for ever.
     pub fn split(self) -> (SocketSender, SocketReceiver) {
         let (sink, stream) = self.stream.split();
-        (SocketSender { sink }, SocketReceiver { stream, closing: false })
+        (SocketSender { sink }, SocketReceiver { stream, closing: false, failed: false })
     }
 
     /// The clock of this connection.
@@ -218,6 +219,23 @@ pub struct SocketReceiver {
     stream: SplitStream<WebSocketStream<Io>>,
     /// The peer's close frame came: how the connection ends after it says nothing more.
     closing: bool,
+    /// An error came: what follows it cannot be read any more.
+    failed: bool,
+}
+
+/// Ends a connection behind its close frame. Where reading failed, bytes are still coming in: they
+/// are read and dropped until the peer ends too, because a socket that is closed with unread bytes
+/// is reset, and a reset takes with it what the peer has not read yet.
+pub async fn hang_up(sender: SocketSender, receiver: SocketReceiver) {
+    if !receiver.failed {
+        return;
+    }
+    let Ok(mut stream) = receiver.stream.reunite(sender.sink) else { return };
+    let io = stream.get_mut();
+    let mut dropped = vec![0; READ_BYTES];
+    if io.shutdown().await.is_ok() {
+        while io.read(&mut dropped).await.is_ok_and(|bytes| bytes > 0) {}
+    }
 }
 
 impl SocketReceiver {
@@ -228,7 +246,10 @@ impl SocketReceiver {
             let message = match self.stream.next().await? {
                 Ok(message) => message,
                 Err(_) if self.closing => return None,
-                Err(error) => return Some(Err(error.into())),
+                Err(error) => {
+                    self.failed = true;
+                    return Some(Err(error.into()));
+                }
             };
             self.closing |= message.is_close();
             return Some(Ok(match message {

@@ -3,22 +3,7 @@
 use std::time::Duration;
 
 use super::support::servers::{Elasticsearch, wait_until};
-use super::support::waybill::{Bench, PATIENCE, Random, lines, numbered};
-
-/// Bytes that wait to be read by whoever listens on this port, as proc_net_tcp says.
-fn unread(port: u16) -> u64 {
-    let table = std::fs::read_to_string("/proc/net/tcp").expect("Linux");
-    let hexadecimal = |text: &str| u64::from_str_radix(text, 16).unwrap_or_default();
-    let waiting = table.lines().skip(1).filter_map(|line| {
-        let mut fields = line.split_whitespace().skip(1);
-        let (_, local) = fields.next()?.split_once(':')?;
-        let (state, queues) = (fields.nth(1)?, fields.next()?);
-        let (_, unread) = queues.split_once(':')?;
-        // An established connection, not the listening socket.
-        (hexadecimal(local) == u64::from(port) && state == "01").then(|| hexadecimal(unread))
-    });
-    waiting.sum()
-}
+use super::support::waybill::{Bench, PATIENCE, Random, lines, numbered, unread};
 
 #[test]
 fn the_sender_is_killed_again_and_again() {

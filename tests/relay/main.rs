@@ -29,6 +29,7 @@ mod state;
 mod supervisor;
 mod syslog_network;
 mod syslog_ng;
+mod text;
 mod tokens;
 mod versions;
 mod wire;

@@ -1,6 +1,8 @@
 //! What the tests share. Not every helper is used by every set of tests.
 
 #[allow(dead_code)]
+pub mod clients;
+#[allow(dead_code)]
 pub mod documents;
 #[allow(dead_code)]
 pub mod host;

@@ -160,6 +160,14 @@ pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
+/// Where programs are kept that are fetched for the tests.
+pub fn cache() -> PathBuf {
+    std::env::var_os("WAYBILL_CACHE").map(PathBuf::from).unwrap_or_else(|| {
+        let home = || Path::new(&std::env::var_os("HOME").unwrap_or("/root".into())).join(".cache");
+        std::env::var_os("XDG_CACHE_HOME").map_or_else(home, PathBuf::from).join("waybill")
+    })
+}
+
 // --- HTTP ------------------------------------------------------------------------------------------------------------
 
 /// One HTTP/1.1 request over a connection of its own; `host_port` is `127.0.0.1:9200`.

@@ -356,6 +356,21 @@ pub fn waybill() -> Command {
     command
 }
 
+/// Bytes that wait to be read by whoever listens on this port, as proc_net_tcp says.
+pub fn unread(port: u16) -> u64 {
+    let table = fs::read_to_string("/proc/net/tcp").expect("Linux");
+    let hexadecimal = |text: &str| u64::from_str_radix(text, 16).unwrap_or_default();
+    let waiting = table.lines().skip(1).filter_map(|line| {
+        let mut fields = line.split_whitespace().skip(1);
+        let (_, local) = fields.next()?.split_once(':')?;
+        let (state, queues) = (fields.nth(1)?, fields.next()?);
+        let (_, unread) = queues.split_once(':')?;
+        // An established connection, not the listening socket.
+        (hexadecimal(local) == u64::from(port) && state == "01").then(|| hexadecimal(unread))
+    });
+    waiting.sum()
+}
+
 /// `TAG 0` to `TAG N-1`, as they are stored.
 pub fn numbered(tag: &str, count: usize) -> impl Iterator<Item = String> {
     (0..count).map(move |number| format!("{tag} {number}"))
