@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use glob::GlobError;
 use tokio::task::{JoinSet, block_in_place};
 use tracing::{error, info, warn};
 use uuid::{NoContext, Timestamp, Uuid};
@@ -214,6 +215,13 @@ impl Follower {
                 hints.watch(folder);
             }
             for path in sweep(&pattern) {
+                let path = match path {
+                    Ok(path) => path,
+                    Err(error) => {
+                        self.complain_of_folder(&pattern, error);
+                        continue;
+                    }
+                };
                 if let Some(folder) = path.parent() {
                     hints.watch(folder);
                 }
@@ -284,7 +292,9 @@ impl Follower {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return self.complain(&path, "is not there yet: waiting for it".to_owned(), false);
             }
-            Err(error) => return self.complain(&path, format!("cannot be read: {error}"), true),
+            Err(error) => {
+                return self.complain(&path, OpenError::from(error).to_string(), true);
+            }
         };
         // What a pattern merely brushes is no mistake.
         if metadata.is_dir() && has_wildcard(&self.sources[number].pattern) {
@@ -318,6 +328,14 @@ impl Follower {
             Err(OpenError::Gone) => {}
             Err(error) => self.complain(&path, error.to_string(), true),
         }
+    }
+
+    /// A folder that cannot be listed. A pattern that names it finds nothing; one that merely
+    /// brushes it on its way down goes on elsewhere.
+    fn complain_of_folder(&mut self, pattern: &str, error: GlobError) {
+        let folder = error.path().to_owned();
+        let named = watched_folder(pattern) == Some(&folder);
+        self.complain(&folder, OpenError::from(io::Error::from(error)).to_string(), named);
     }
 
     /// Says what is wrong with a path, once.

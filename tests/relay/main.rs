@@ -14,6 +14,7 @@ mod http_intake;
 mod nginx;
 mod parsing;
 mod protocol_doc;
+mod permissions;
 mod readme;
 mod refusals;
 mod rotation;
