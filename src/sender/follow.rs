@@ -362,11 +362,11 @@ impl Follower {
             let rotated_name = is_rotated_name(held.path.as_os_str().as_bytes())
                 .is_some_and(|base| Path::new(std::ffi::OsStr::from_bytes(base)).exists());
             let succeeded = (moved && at_path.is_some()) || rotated_name;
-            held.flags.succeeded.store(succeeded, Ordering::Relaxed);
+            let was_succeeded = held.flags.succeeded.swap(succeeded, Ordering::Relaxed);
             let was_moved = held.flags.moved.swap(moved, Ordering::Relaxed);
             let stamp = metadata.filter(|_| !moved).as_ref().map(Stamp::of);
             // Where a moved file is now is not known: its stream looks at the descriptor itself.
-            if moved || was_moved || stamp != held.stamp {
+            if moved || was_moved || succeeded != was_succeeded || stamp != held.stamp {
                 held.stamp = stamp;
                 held.look();
             }

@@ -12,7 +12,7 @@ use super::files::gzip;
 use super::support::servers::wait_until;
 use super::support::waybill::{Bench, PATIENCE, Random, lines, numbered};
 
-fn rename(bench: &Bench, from: &str, to: &str) {
+pub fn rename(bench: &Bench, from: &str, to: &str) {
     fs::rename(bench.path(from), bench.path(to)).expect("rename");
 }
 
@@ -242,7 +242,7 @@ fn an_equal_file_beside_one_that_rests_is_sent() {
     bench.assert_lines(several(&["line", "line"], 100).chain(ends));
 }
 
-fn set_modified(bench: &Bench, name: &str, time: SystemTime) {
+pub fn set_modified(bench: &Bench, name: &str, time: SystemTime) {
     let file = File::options().write(true).open(bench.path(name)).expect("open");
     file.set_modified(time).expect("time");
 }

@@ -103,7 +103,10 @@ pub struct Stream {
     ready: bool,
     /// The file's size when it was last looked at on the newest row's day.
     size_seen: Option<u64>,
+    /// When the file changed last, as far as it was seen.
     changed_at: Instant,
+    /// The last read met a last line without its newline, which waits.
+    unfinished: bool,
     /// A disk operation failed: not before this instant again.
     retry_at: Option<Instant>,
     failed: bool,
@@ -277,6 +280,8 @@ impl Stream {
                         match until {
                             Some(until) => tokio::time::sleep_until(until.into()).await,
                             None => std::future::pending().await,
+            // Time alone can have finished the file.
+            self.ready |= self.unfinished && self.is_finished();
                         }
                     };
                     tokio::select! {
@@ -333,7 +338,6 @@ impl Stream {
                 return Work::Send { number, next };
             }
         }
-        // Time alone can make a file finished.
         if !self.ready && self.flags.succeeded.load(Ordering::Relaxed) {
             sooner(Some(self.changed_at + FINISHED_AFTER).filter(|at| *at > now));
             sooner(Some(self.changed_at + LET_GO_AFTER).filter(|at| *at > now));
@@ -398,7 +402,7 @@ impl Stream {
                 let rests = once
                     || file.tail.is_compressed()
                     || (succeeded && unchanged >= LET_GO_AFTER)
-                    || unchanged >= REST_AFTER;
+                    || idle;
                 rests.then_some(if gone { End::Done } else { End::Rests })
             }
             None => None,
@@ -409,6 +413,8 @@ impl Stream {
 enum Work {
     Send { number: usize, next: Next },
     Wait(Option<Instant>),
+                // Nobody would come back for a last line that waits for its file to be renamed.
+                let idle = unchanged >= REST_AFTER && !self.unfinished;
 }
 
 enum Step {

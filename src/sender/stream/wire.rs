@@ -167,7 +167,6 @@ impl Stream {
         segment.window.sent_new(framed.to, framed.fingerprint, records, framed.continues);
         segment.before.clone_from(&framed.before);
         segment.want = FRAME_BYTES_TARGET;
-        self.changed_at = Instant::now();
         self.failed = false;
     }
 
@@ -194,7 +193,8 @@ impl Stream {
                 self.ready = false;
             }
             Read::Partial(length) => {
-                let finished = length > 0 && newest && self.is_finished().await;
+                let finished = length > 0 && newest && self.is_finished();
+                self.unfinished = length > 0 && !finished;
                 if finished {
                     if let Err(error) = self.cut(number, from + length).await {
                         warn!(%error, "the state directory cannot be written");
