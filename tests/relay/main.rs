@@ -19,6 +19,7 @@ mod permissions;
 mod readme;
 mod refusals;
 mod rotation;
+mod rotation_load;
 mod servers_smoke;
 mod sockets;
 mod state;
