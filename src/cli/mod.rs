@@ -43,7 +43,7 @@ pub enum Command {
     Token(Token),
     /// Find lines in the embedded store or in Elasticsearch.
     Search(Search),
-    /// Put the index template and the dead-letter index into Elasticsearch.
+    /// Put the index templates and the dead-letter index into Elasticsearch.
     Setup(Setup),
     /// Show the whole way of a line on this machine.
     Demo(Demo),
@@ -369,12 +369,18 @@ pub struct Search {
 /// `waybill setup`.
 #[derive(Debug, Default, Args)]
 #[command(long_about = "\
-Puts the index template and the dead-letter index into Elasticsearch. The key needs 'manage_index_templates' \
-and the right to make the dead-letter index; the receiver's own key needs neither.")]
+Puts the index templates and the dead-letter index into Elasticsearch. The key needs 'manage_index_templates' \
+and the right to make the dead-letter index; the receiver's own key needs neither.
+
+Each index pattern has a template of its own: 'waybill' for the default one, 'waybill-web-~' for web-{yyyy.MM.dd}. \
+Likewise each dead letter: 'waybill-dead-letter', or 'waybill-dead-letter-NAME'. Several receivers with patterns of \
+their own may so share a cluster. Where two patterns cover an index, the one that says more of its name goes first: \
+the priority is 200 and 1 for each of its characters, so that a template of yours goes before all of them from 500 on.")]
 #[command(after_long_help = "\
 Examples:
   waybill setup --elasticsearch https://es-1:9200 --api-key-file /etc/waybill/admin-key
-  waybill setup --elasticsearch https://es-1:9200 --print")]
+  waybill setup --elasticsearch https://es-1:9200 --index 'web-{yyyy.MM.dd}' --api-key-file admin-key
+  waybill setup --print")]
 pub struct Setup {
     /// Elasticsearch.
     #[command(flatten)]
@@ -385,7 +391,7 @@ pub struct Setup {
     /// The receiver's dead-letter index
     #[arg(long, value_name = "INDEX", value_parser = value::index_name, default_value = crate::config::DEAD_LETTER_INDEX)]
     pub dead_letter_index: String,
-    /// Change nothing; print the requests for an administrator
+    /// Ask no server; print the requests for an administrator
     #[arg(long)]
     pub print: bool,
 }

@@ -21,6 +21,7 @@ mod refusals;
 mod rotation;
 mod rotation_load;
 mod servers_smoke;
+mod setup;
 mod sockets;
 mod state;
 mod supervisor;
