@@ -118,6 +118,7 @@ impl Send {
                 })
                 .collect(),
             once: self.once,
+            once_timeout: flag("--once-timeout", self.once_timeout),
             receipts: flag("--receipts", receipts),
             compress: switch("--compress", self.compress),
             idle_close: None,

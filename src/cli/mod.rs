@@ -166,9 +166,14 @@ pub struct Send {
     #[arg(long, value_name = "ZONE", value_parser = value::timezone, help_heading = "Lines")]
     pub timezone: Option<String>,
 
-    /// Send what is there now, wait for every receipt, and end: 1 if a line was parked or failed
+    /// Send what is there now, wait for every receipt, and end: 1 if a line was parked or failed.
+    /// An absent receiver or Elasticsearch is waited for without end
     #[arg(long, help_heading = "Running")]
     pub once: bool,
+    /// How long --once tries lines again that their index refuses; then it ends with 1, and the next
+    /// run sends them [default: 5m]
+    #[arg(long, value_name = "TIME", value_parser = value::duration, requires = "once", help_heading = "Running")]
+    pub once_timeout: Option<Duration>,
     /// Write one JSON line per line sent to this file, or to standard output with '-'
     #[arg(long, value_name = "FILE|-", help_heading = "Running")]
     pub receipts: Option<PathBuf>,

@@ -14,6 +14,9 @@ use super::{
     Endpoint, EndpointAddress, Environment, Input, Loaded, ReceiptsTarget, SendConfig, SourceConfig,
 };
 
+/// How long `--once` tries lines again that an index refuses, unless configured.
+pub const ONCE_TIMEOUT: Duration = Duration::from_secs(300);
+
 /// How long a stop waits for outstanding receipts unless configured.
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -38,6 +41,8 @@ pub struct SendLayer {
     pub sources: Vec<SourceLayer>,
     /// `--once`.
     pub once: bool,
+    /// `--once-timeout`, `once_timeout`.
+    pub once_timeout: Option<At<Duration>>,
     /// `--receipts`, `receipts`.
     pub receipts: Option<At<ReceiptsTarget>>,
     /// `--compress`, `compress`.
@@ -67,6 +72,7 @@ impl SendLayer {
             state_dir: self.state_dir.or(under.state_dir),
             sources: source::either(self.sources, under.sources),
             once: self.once || under.once,
+            once_timeout: self.once_timeout.or(under.once_timeout),
             receipts: self.receipts.or(under.receipts),
             compress: self.compress.or(under.compress),
             idle_close: self.idle_close.or(under.idle_close),
@@ -86,6 +92,7 @@ impl SendLayer {
             state_dir: table.path("state_dir"),
             sources: table.tables("source", "source.", SourceLayer::read),
             once: false,
+            once_timeout: table.text("once_timeout", value::duration),
             receipts: read_receipts(table),
             compress: table.boolean("compress"),
             idle_close: table.text("idle_close", value::duration),
@@ -170,6 +177,7 @@ fn check(
         state_dir,
         sources,
         once: layer.once,
+        once_timeout: layer.once_timeout.map_or(ONCE_TIMEOUT, |at| at.value),
         receipts,
         compress: layer.compress.is_some_and(|at| at.value),
         idle_close: layer.idle_close.map(|at| at.value),

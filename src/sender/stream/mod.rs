@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use tracing::warn;
+use tracing::{error, warn};
 use uuid::Uuid;
 
 use super::Context;
@@ -110,6 +110,17 @@ pub struct Stream {
     /// A disk operation failed: not before this instant again.
     retry_at: Option<Instant>,
     failed: bool,
+    /// An index refuses lines, and since then nothing else came through.
+    refusal: Option<Refusal>,
+}
+
+/// Lines that go back and forth because their index refuses them.
+struct Refusal {
+    index: String,
+    reason: String,
+    /// The first time, and the latest.
+    since: Instant,
+    until: Instant,
 }
 
 struct Segment {
@@ -269,6 +280,8 @@ impl Stream {
             if let Some(end) = self.ended() {
                 return Some(end);
             }
+            // Time alone can have finished the file.
+            self.ready |= self.unfinished && self.is_finished();
             match self.next_work(link) {
                 Work::Send { number, next } => match self.send(link, number, next).await {
                     Step::Goes => {}
@@ -276,12 +289,13 @@ impl Stream {
                     Step::Ends(end) => return Some(end),
                 },
                 Work::Wait(until) => {
+                    if let Some(end) = self.gives_up(link) {
+                        return Some(end);
+                    }
                     let due = async {
                         match until {
                             Some(until) => tokio::time::sleep_until(until.into()).await,
                             None => std::future::pending().await,
-            // Time alone can have finished the file.
-            self.ready |= self.unfinished && self.is_finished();
                         }
                     };
                     tokio::select! {
@@ -399,6 +413,8 @@ impl Stream {
                 if gone && unchanged >= FINISHED_AFTER {
                     return Some(End::Done);
                 }
+                // Nobody would come back for a last line that waits for its file to be renamed.
+                let idle = unchanged >= REST_AFTER && !self.unfinished;
                 let rests = once
                     || file.tail.is_compressed()
                     || (succeeded && unchanged >= LET_GO_AFTER)
@@ -408,13 +424,33 @@ impl Stream {
             None => None,
         }
     }
+
+    /// With `--once`: whether all that is left waits for an index that refuses it, and has for
+    /// longer than a script should wait for a person. Judged where there is nothing to send now.
+    fn gives_up(&self, link: &Link) -> Option<End> {
+        let Refusal { index, reason, since, until } = self.refusal.as_ref()?;
+        let config = &self.context.config;
+        let settled = |segment: &Segment| {
+            segment.refused || segment.window.is_idle() || segment.window.is_deferred()
+        };
+        if !config.once
+            || self.is_stopping()
+            || !link.takes_more()
+            || until.duration_since(*since) < config.once_timeout
+            || !self.segments.iter().all(settled)
+        {
+            return None;
+        }
+        let front = self.segments.front()?;
+        error!(path = %front.entry.row.path, position = front.window.position(), %index, ?reason,
+            "gave up: the index refuses lines; mend it, and the next run sends them again");
+        Some(End::Failed)
+    }
 }
 
 enum Work {
     Send { number: usize, next: Next },
     Wait(Option<Instant>),
-                // Nobody would come back for a last line that waits for its file to be renamed.
-                let idle = unchanged >= REST_AFTER && !self.unfinished;
 }
 
 enum Step {

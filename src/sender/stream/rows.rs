@@ -79,6 +79,7 @@ impl Stream {
             unfinished: false,
             retry_at: None,
             failed: false,
+            refusal: None,
         };
         changed.retain(|entry| !dropped.contains(&entry.row.segment));
         let newest_is_open =
@@ -328,7 +329,6 @@ fn forget_spooled(
     state.commit(&[], &rows)
 }
 
-/// What recognises an offset of a copy; where the copy lacks its bytes, nothing does.
 /// When a file changed last before it was opened, as far back as its last line needs to know. A
 /// change in the future, by another machine's clock, is now.
 fn instant_of_change(modified: SystemTime) -> Instant {
@@ -337,6 +337,7 @@ fn instant_of_change(modified: SystemTime) -> Instant {
     now.checked_sub(unchanged.min(FINISHED_AFTER)).unwrap_or(now)
 }
 
+/// What recognises an offset of a copy; where the copy lacks its bytes, nothing does.
 fn fingerprint_at(origin: &mut Origin, offset: u64) -> io::Result<Fingerprint> {
     let before = origin.before(offset)?;
     Ok(fingerprint_or_short(offset, &before))

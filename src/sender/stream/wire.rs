@@ -9,7 +9,7 @@ use tokio::sync::SemaphorePermit;
 use tokio::task::JoinError;
 use tracing::{debug, error, warn};
 
-use super::{DISK_RETRY, End, Step, Stream};
+use super::{DISK_RETRY, End, Refusal, Step, Stream};
 use crate::protocol::{
     Control, FRAME_BYTES_MAX, FRAME_BYTES_TARGET, Open, Receipt, Refused, Verdict,
 };
@@ -271,14 +271,24 @@ impl Stream {
         link.credit.add_permits(counted.credit as usize);
         link.frames.add_permits(counted.frames as usize);
         self.context.totals.count(&counted);
+        if counted.lines() > 0 {
+            self.refusal = None;
+        }
         for run in &receipt.runs {
             match &run.verdict {
                 Verdict::Parked { reason } => warn!(
                     path = %segment.entry.row.path, before = run.to, lines = run.lines, ?reason,
                     "parked: the lines lie in the dead letter under their own ids"
                 ),
-                Verdict::Deferred { reason, after } => {
-                    self.context.deferrals.say(&segment.entry.row.path, reason, *after)
+                Verdict::Deferred { reason, after, index } => {
+                    self.context.deferrals.say(&segment.entry.row.path, reason, *after);
+                    // A stale receipt changes nothing.
+                    if let Some(index) = index.as_ref().filter(|_| counted.credit > 0) {
+                        let until = Instant::now();
+                        let since = self.refusal.as_ref().map_or(until, |refusal| refusal.since);
+                        let (index, reason) = (index.clone(), reason.clone());
+                        self.refusal = Some(Refusal { index, reason, since, until });
+                    }
                 }
                 _ => {}
             }
