@@ -133,6 +133,7 @@ impl Send {
                 })
                 .collect(),
             once: self.once,
+            once_timeout: flag("--once-timeout", self.once_timeout),
             receipts: flag("--receipts", receipts),
             compress: switch("--compress", self.compress),
             drain_timeout: flag("--drain-timeout", self.drain_timeout),

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use glob::GlobError;
 use tokio::task::{JoinSet, block_in_place};
 use tracing::{error, info, warn};
 use uuid::{NoContext, Timestamp, Uuid};
@@ -214,6 +215,13 @@ impl Follower {
                 hints.watch(folder);
             }
             for path in sweep(&pattern) {
+                let path = match path {
+                    Ok(path) => path,
+                    Err(error) => {
+                        self.complain_of_folder(&pattern, error);
+                        continue;
+                    }
+                };
                 if let Some(folder) = path.parent() {
                     hints.watch(folder);
                 }
@@ -284,7 +292,9 @@ impl Follower {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return self.complain(&path, "is not there yet: waiting for it".to_owned(), false);
             }
-            Err(error) => return self.complain(&path, format!("cannot be read: {error}"), true),
+            Err(error) => {
+                return self.complain(&path, OpenError::from(error).to_string(), true);
+            }
         };
         // What a pattern merely brushes is no mistake.
         if metadata.is_dir() && has_wildcard(&self.sources[number].pattern) {
@@ -320,6 +330,14 @@ impl Follower {
         }
     }
 
+    /// A folder that cannot be listed. A pattern that names it finds nothing; one that merely
+    /// brushes it on its way down goes on elsewhere.
+    fn complain_of_folder(&mut self, pattern: &str, error: GlobError) {
+        let folder = error.path().to_owned();
+        let named = watched_folder(pattern) == Some(&folder);
+        self.complain(&folder, OpenError::from(io::Error::from(error)).to_string(), named);
+    }
+
     /// Says what is wrong with a path, once.
     fn complain(&mut self, path: &Path, what: String, serious: bool) {
         if self.complaints.get(path) == Some(&what) {
@@ -344,11 +362,11 @@ impl Follower {
             let rotated_name = is_rotated_name(held.path.as_os_str().as_bytes())
                 .is_some_and(|base| Path::new(std::ffi::OsStr::from_bytes(base)).exists());
             let succeeded = (moved && at_path.is_some()) || rotated_name;
-            held.flags.succeeded.store(succeeded, Ordering::Relaxed);
+            let was_succeeded = held.flags.succeeded.swap(succeeded, Ordering::Relaxed);
             let was_moved = held.flags.moved.swap(moved, Ordering::Relaxed);
             let stamp = metadata.filter(|_| !moved).as_ref().map(Stamp::of);
             // Where a moved file is now is not known: its stream looks at the descriptor itself.
-            if moved || was_moved || stamp != held.stamp {
+            if moved || was_moved || succeeded != was_succeeded || stamp != held.stamp {
                 held.stamp = stamp;
                 held.look();
             }

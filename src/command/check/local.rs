@@ -71,6 +71,13 @@ fn files(report: &mut Report, source: &SourceConfig, pattern: &str) -> io::Resul
     let mut readable = 0;
     let mut refused = Vec::new();
     for path in &found {
+        let path = match path {
+            Ok(path) => path.as_path(),
+            Err(error) => {
+                refused.push((error.path(), error.error().to_string()));
+                continue;
+            }
+        };
         let is_link = fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_symlink());
         if is_link && !source.follow_symlinks {
             let path = escape_path(path);
@@ -84,11 +91,11 @@ fn files(report: &mut Report, source: &SourceConfig, pattern: &str) -> io::Resul
         // Opening a FIFO would wait for its writer.
         match fs::metadata(path).map(|metadata| metadata.is_file()) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => refused.push((path, error)),
+            Err(error) => refused.push((path, error.to_string())),
             Ok(false) => {}
             Ok(true) => match fs::File::open(path) {
                 Ok(_) => readable += 1,
-                Err(error) => refused.push((path, error)),
+                Err(error) => refused.push((path, error.to_string())),
             },
         }
     }

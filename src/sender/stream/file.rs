@@ -101,7 +101,7 @@ impl Stream {
     }
 
     /// Whether the last line will not get its newline any more.
-    pub(super) async fn is_finished(&self) -> bool {
+    pub(super) fn is_finished(&self) -> bool {
         if self.context.config.once {
             return true;
         }

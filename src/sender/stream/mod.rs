@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use tracing::warn;
+use tracing::{error, warn};
 use uuid::Uuid;
 
 use super::Context;
@@ -107,10 +107,24 @@ pub struct Stream {
     ready: bool,
     /// The file's size when it was last looked at on the newest row's day.
     size_seen: Option<u64>,
+    /// When the file changed last, as far as it was seen.
     changed_at: Instant,
+    /// The last read met a last line without its newline, which waits.
+    unfinished: bool,
     /// A disk operation failed: not before this instant again.
     retry_at: Option<Instant>,
     failed: bool,
+    /// An index refuses lines, and since then nothing else came through.
+    refusal: Option<Refusal>,
+}
+
+/// Lines that go back and forth because their index refuses them.
+struct Refusal {
+    index: String,
+    reason: String,
+    /// The first time, and the latest.
+    since: Instant,
+    until: Instant,
 }
 
 struct Segment {
@@ -284,6 +298,8 @@ impl Stream {
             if self.leaves && !self.in_flight() {
                 return None;
             }
+            // Time alone can have finished the file.
+            self.ready |= self.unfinished && self.is_finished();
             match self.next_work() {
                 Work::Send { number, next } => match self.send(link, number, next).await {
                     Step::Goes => {}
@@ -291,6 +307,9 @@ impl Stream {
                     Step::Ends(end) => return Some(end),
                 },
                 Work::Wait(until) => {
+                    if let Some(end) = self.gives_up(link) {
+                        return Some(end);
+                    }
                     let due = async {
                         match until {
                             Some(until) => tokio::time::sleep_until(until.into()).await,
@@ -352,7 +371,6 @@ impl Stream {
                 return Work::Send { number, next };
             }
         }
-        // Time alone can make a file finished.
         if !self.ready && self.flags.succeeded.load(Ordering::Relaxed) {
             sooner(Some(self.changed_at + FINISHED_AFTER).filter(|at| *at > now));
             sooner(Some(self.changed_at + LET_GO_AFTER).filter(|at| *at > now));
@@ -418,14 +436,38 @@ impl Stream {
                 if gone && unchanged >= FINISHED_AFTER {
                     return Some(End::Done);
                 }
+                // Nobody would come back for a last line that waits for its file to be renamed.
+                let idle = unchanged >= REST_AFTER && !self.unfinished;
                 let rests = once
                     || file.tail.is_compressed()
                     || (succeeded && unchanged >= LET_GO_AFTER)
-                    || unchanged >= REST_AFTER;
+                    || idle;
                 rests.then_some(if gone { End::Done } else { End::Rests })
             }
             None => None,
         }
+    }
+
+    /// With `--once`: whether all that is left waits for an index that refuses it, and has for
+    /// longer than a script should wait for a person. Judged where there is nothing to send now.
+    fn gives_up(&self, link: &Link) -> Option<End> {
+        let Refusal { index, reason, since, until } = self.refusal.as_ref()?;
+        let config = &self.context.config;
+        let settled = |segment: &Segment| {
+            segment.refused || segment.window.is_idle() || segment.window.is_deferred()
+        };
+        if !config.once
+            || self.is_stopping()
+            || !link.takes_more()
+            || until.duration_since(*since) < config.once_timeout
+            || !self.segments.iter().all(settled)
+        {
+            return None;
+        }
+        let front = self.segments.front()?;
+        error!(path = %front.entry.row.path, position = front.window.position(), %index, ?reason,
+            "gave up: the index refuses lines; mend it, and the next run sends them again");
+        Some(End::Failed)
     }
 }
 

@@ -5,11 +5,11 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use tracing::{debug, info, warn};
 
-use super::{Parts, Segment, Stream, place};
+use super::{FINISHED_AFTER, Parts, Segment, Stream, place};
 use crate::record::{Day, Framing, SegmentId, escape_path};
 use crate::sender::link::Link;
 use crate::sender::origin::{Origin, fingerprint_or_short};
@@ -58,9 +58,11 @@ impl Stream {
             }
             segments.push_back(Segment::new(entry, progress, &mut origin)?);
         }
-        let size_seen = match &origin {
-            Origin::File(file) if !file.tail.is_compressed() => Some(file.tail.size()?),
-            _ => None,
+        let (size_seen, changed_at) = match &origin {
+            Origin::File(file) if !file.tail.is_compressed() => {
+                (Some(file.tail.size()?), instant_of_change(file.tail.modified()?))
+            }
+            _ => (None, Instant::now()),
         };
         let mut stream = Stream {
             context,
@@ -75,9 +77,11 @@ impl Stream {
             leaves: false,
             ready: true,
             size_seen,
-            changed_at: Instant::now(),
+            changed_at,
+            unfinished: false,
             retry_at: None,
             failed: false,
+            refusal: None,
         };
         changed.retain(|entry| !dropped.contains(&entry.row.segment));
         let newest_is_open =
@@ -324,6 +328,14 @@ fn forget_spooled(
     state.save()?;
     spool.release(segment, u64::MAX)?;
     state.commit(&[], &rows)
+}
+
+/// When a file changed last before it was opened, as far back as its last line needs to know. A
+/// change in the future, by another machine's clock, is now.
+fn instant_of_change(modified: SystemTime) -> Instant {
+    let now = Instant::now();
+    let unchanged = SystemTime::now().duration_since(modified).unwrap_or_default();
+    now.checked_sub(unchanged.min(FINISHED_AFTER)).unwrap_or(now)
 }
 
 /// What recognises an offset of a copy; where the copy lacks its bytes, nothing does.

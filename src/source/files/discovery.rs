@@ -8,6 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use glob::GlobError;
 use inotify::{Inotify, WatchMask};
 use tokio::io::unix::AsyncFd;
 use tracing::debug;
@@ -15,19 +16,19 @@ use tracing::debug;
 /// How often patterns are swept without a hint.
 pub const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The paths that a pattern names now, in order. Unreadable folders are passed over: they may
-/// become readable later.
-pub fn sweep(pattern: &str) -> Vec<PathBuf> {
+/// The paths that a pattern names now, in order; an error for each folder that cannot be listed,
+/// which may become readable later.
+pub fn sweep(pattern: &str) -> Vec<Result<PathBuf, GlobError>> {
     let options = glob::MatchOptions {
         case_sensitive: true,
         require_literal_separator: true,
         require_literal_leading_dot: false,
     };
     if !has_wildcard(pattern) {
-        return vec![PathBuf::from(pattern)];
+        return vec![Ok(PathBuf::from(pattern))];
     }
     match glob::glob_with(pattern, options) {
-        Ok(paths) => paths.filter_map(Result::ok).collect(),
+        Ok(paths) => paths.collect(),
         // The configuration was checked; nothing matches a pattern that is none.
         Err(_) => Vec::new(),
     }
@@ -122,7 +123,9 @@ mod tests {
         fs::create_dir(dir.path().join("sub")).expect("folder");
         fs::write(dir.path().join("sub/a.log"), "x\n").expect("write");
         fs::write(dir.path().join("b.log.1"), "x\n").expect("write");
-        assert_eq!(sweep(&pattern), [dir.path().join("sub/a.log")]);
+        let found: Vec<_> =
+            sweep(&pattern).into_iter().map(|path| path.expect("readable")).collect();
+        assert_eq!(found, [dir.path().join("sub/a.log")]);
     }
 
     #[tokio::test]

@@ -5,6 +5,8 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use tracing::debug;
+
 /// Rotated siblings of `path` that exist, in order of name. Nothing is said of their content.
 pub fn siblings(path: &Path) -> io::Result<Vec<PathBuf>> {
     let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else {
@@ -13,6 +15,12 @@ pub fn siblings(path: &Path) -> io::Result<Vec<PathBuf>> {
     let entries = match fs::read_dir(folder) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        // A folder that may be entered and not listed: its files are followed by their names, and
+        // those of others must not wait for it.
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            debug!(folder = %folder.display(), %error, "rotated generations cannot be listed");
+            return Ok(Vec::new());
+        }
         Err(error) => return Err(error),
     };
     let mut found = Vec::new();

@@ -25,9 +25,24 @@ pub enum OpenError {
     /// A folder, socket, device or pipe.
     #[error("is not a regular file")]
     NotRegular,
-    /// Anything else, mostly permissions.
+    /// This process may not read it, or not enter one of its folders.
+    #[error(
+        "user id {uid} may not read it: put that user into its group, or run `setfacl -m \
+         u:{uid}:rX` on it and its folders", uid = rustix::process::geteuid().as_raw()
+    )]
+    Denied,
+    /// Anything else.
     #[error("cannot be read: {0}")]
-    Io(#[from] io::Error),
+    Io(io::Error),
+}
+
+impl From<io::Error> for OpenError {
+    fn from(error: io::Error) -> OpenError {
+        match error.kind() {
+            io::ErrorKind::PermissionDenied => OpenError::Denied,
+            _ => OpenError::Io(error),
+        }
+    }
 }
 
 /// Device and inode: proposes who a file is, and never decides it.
@@ -90,7 +105,7 @@ impl Tail {
             Err(rustix::io::Errno::NOENT) => return Err(OpenError::Gone),
             Err(rustix::io::Errno::LOOP) => return Err(OpenError::Symlink),
             Err(rustix::io::Errno::NXIO) => return Err(OpenError::NotRegular),
-            Err(error) => return Err(OpenError::Io(error.into())),
+            Err(error) => return Err(io::Error::from(error).into()),
         };
         let metadata = file.metadata()?;
         if !metadata.is_file() {
