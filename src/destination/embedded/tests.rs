@@ -189,6 +189,7 @@ fn a_full_disk_defers_whole_frames_and_passes() {
         let connection = &store.writer.connection;
         connection.pragma_update(None, "max_page_count", pages).expect("a limit");
     };
+    let health = store.health();
     limit(&store, 1);
     let lines: String = (0..2000).map(|n| format!("line number {n}\n")).collect();
     let to = 6 + lines.len() as u64;
@@ -201,11 +202,61 @@ fn a_full_disk_defers_whole_frames_and_passes() {
     };
     assert_eq!((*deferred, *after), (2000, RETRY_AFTER));
     assert!(reason.contains("disk is full"), "{reason}");
+    assert!(matches!(*health.borrow(), Health::Down { .. }));
     assert_eq!(count(&store.writer.connection, "lines"), 1, "a deferred frame leaves nothing");
     limit(&store, i64::from(u32::MAX) - 1);
     let receipt = peer.write(&mut store, 6, lines);
     assert_eq!(receipt.runs, [run(to, 2000, Verdict::Stored)]);
-    assert!(!store.failing);
+    assert!(store.failed.is_none());
+    assert_eq!(*health.borrow(), Health::Ready);
+}
+
+#[test]
+fn nothing_is_receipted_while_the_file_is_not_the_one_that_was_opened() {
+    type Change = fn(&Path);
+    let removed: Change = |path| fs::remove_file(path).expect("removed");
+    let replaced: Change = |path| {
+        let copy = path.with_extension("copy");
+        fs::copy(path, &copy).expect("a copy");
+        fs::rename(&copy, path).expect("replaced");
+    };
+    let without_log: Change =
+        |path| fs::remove_file(path.with_extension("sqlite-wal")).expect("removed");
+    for change in [removed, replaced, without_log] {
+        let folder = folder();
+        let path = folder.path().join("store.sqlite");
+        let peer = Peer::new(Framing::LINES);
+        let mut store = open(&path);
+        let receipt = peer.write(&mut store, 0, "first\n");
+        assert_eq!(receipt.runs, [run(6, 1, Verdict::Stored)]);
+        change(&path);
+        let receipt = peer.write(&mut store, 6, "second\n");
+        let Verdict::Deferred { reason, .. } = &receipt.runs[0].verdict else {
+            panic!("{receipt:?}")
+        };
+        assert!(reason.contains("deleted, moved or replaced"), "{reason}");
+        assert!(matches!(*store.health().borrow(), Health::Down { .. }));
+    }
+}
+
+#[test]
+fn a_file_that_was_moved_and_put_back_is_written_on() {
+    let folder = folder();
+    let path = folder.path().join("store.sqlite");
+    let away = folder.path().join("away.sqlite");
+    let peer = Peer::new(Framing::LINES);
+    let mut store = open(&path);
+    fs::rename(&path, &away).expect("moved");
+    // Nothing comes in, and it is noticed all the same.
+    store.look();
+    assert!(matches!(*store.health().borrow(), Health::Down { .. }));
+    assert!(!peer.write(&mut store, 0, "line\n").runs[0].verdict.is_final());
+    fs::rename(&away, &path).expect("put back");
+    assert_eq!(peer.write(&mut store, 0, "line\n").runs, [run(5, 1, Verdict::Stored)]);
+    assert_eq!(*store.health().borrow(), Health::Ready);
+    store.failed = Instant::now().checked_sub(PROBE_AFTER);
+    store.look();
+    assert!(store.failed.is_none(), "it tries by itself");
 }
 
 #[test]
