@@ -328,10 +328,10 @@ pub struct Receive {
     /// /var/lib/waybill for root, else in ~/.local/state/waybill]
     #[arg(long, value_name = "FILE", help_heading = "Embedded store")]
     pub store: Option<PathBuf>,
-    /// Delete lines older than this many days
+    /// Delete lines that arrived more than this many days ago
     #[arg(long, value_name = "DAYS", value_parser = clap::value_parser!(u32).range(1..=36_500), help_heading = "Embedded store")]
     pub keep_days: Option<u32>,
-    /// Delete the oldest lines beyond this size, such as 20GiB
+    /// Delete the lines that arrived first beyond this size, such as 20GiB
     #[arg(long, value_name = "SIZE", value_parser = value::size, help_heading = "Embedded store")]
     pub keep_bytes: Option<u64>,
 

@@ -21,7 +21,7 @@ use crate::config::DestinationConfig;
 use crate::parse::Segment;
 use crate::protocol::DayBounds;
 use crate::record::{Day, Record};
-use elasticsearch::{Elasticsearch, Health};
+use elasticsearch::Elasticsearch;
 use embedded::Store;
 
 pub use queue::Queue;
@@ -33,6 +33,20 @@ pub enum Destination {
     Elasticsearch(Elasticsearch),
     /// A file.
     Embedded(Store),
+}
+
+/// Whether a destination takes documents.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Health {
+    /// Nothing is known yet.
+    Starting,
+    /// It took the last ones.
+    Ready,
+    /// It did not, or refused us as a whole.
+    Down {
+        /// For a person: what happened.
+        reason: String,
+    },
 }
 
 /// Why a destination cannot be set up.
@@ -65,11 +79,11 @@ impl Destination {
         }
     }
 
-    /// Follows whether it takes documents, where it may be away.
-    pub fn health(&self) -> Option<watch::Receiver<Health>> {
+    /// Follows whether it takes documents.
+    pub fn health(&self) -> watch::Receiver<Health> {
         match self {
-            Destination::Elasticsearch(elasticsearch) => Some(elasticsearch.health()),
-            Destination::Embedded(_) => None,
+            Destination::Elasticsearch(elasticsearch) => elasticsearch.health(),
+            Destination::Embedded(store) => store.health(),
         }
     }
 

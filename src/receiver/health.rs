@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
-use crate::destination::elasticsearch;
+use crate::destination;
 
 /// Frames that wait so long without any receipt mean a destination that does not answer.
 const STALLED_AFTER: Duration = Duration::from_secs(30);
@@ -13,14 +13,14 @@ const STALLED_AFTER: Duration = Duration::from_secs(30);
 /// What is known of the destination.
 #[derive(Debug)]
 pub(super) struct Health {
-    /// Its own word, where it has one.
-    word: Option<watch::Receiver<elasticsearch::Health>>,
+    /// Its own word.
+    word: watch::Receiver<destination::Health>,
     /// When it last gave a sign.
     sign: Mutex<Instant>,
 }
 
 impl Health {
-    pub(super) fn new(word: Option<watch::Receiver<elasticsearch::Health>>) -> Health {
+    pub(super) fn new(word: watch::Receiver<destination::Health>) -> Health {
         Health { word, sign: Mutex::new(Instant::now()) }
     }
 
@@ -39,8 +39,7 @@ impl Health {
     }
 
     fn is_ready_at(&self, in_use: bool, now: Instant) -> bool {
-        let ready = |word: &watch::Receiver<_>| *word.borrow() == elasticsearch::Health::Ready;
-        if !self.word.as_ref().is_none_or(ready) {
+        if *self.word.borrow() != destination::Health::Ready {
             return false;
         }
         let sign = *self.sign.lock().unwrap_or_else(PoisonError::into_inner);
@@ -54,7 +53,8 @@ mod tests {
 
     #[test]
     fn only_frames_that_wait_in_vain_make_it_unready() {
-        let health = Health::new(None);
+        let (_word, follow) = watch::channel(destination::Health::Ready);
+        let health = Health::new(follow);
         let start = Instant::now();
         health.note_at(start);
         assert!(health.is_ready_at(true, start));
@@ -67,12 +67,12 @@ mod tests {
 
     #[test]
     fn the_word_of_the_destination_counts() {
-        let (word, follow) = watch::channel(elasticsearch::Health::Starting);
-        let health = Health::new(Some(follow));
+        let (word, follow) = watch::channel(destination::Health::Starting);
+        let health = Health::new(follow);
         assert!(!health.is_ready(false));
-        word.send_replace(elasticsearch::Health::Ready);
+        word.send_replace(destination::Health::Ready);
         assert!(health.is_ready(false));
-        word.send_replace(elasticsearch::Health::Down { reason: "away".to_owned() });
+        word.send_replace(destination::Health::Down { reason: "away".to_owned() });
         assert!(!health.is_ready(false));
     }
 }

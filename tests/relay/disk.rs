@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
 
-use crate::support::servers::{skip, wait_until};
+use crate::support::servers::{http, skip, wait_until};
 use crate::support::store::{assert_lines, run, wait_for_lines};
-use crate::support::waybill::{Bench, PATIENCE, Process, lines, waybill};
+use crate::support::waybill::{Bench, PATIENCE, Process, Receiver, lines, waybill};
 
 /// A small file system in memory.
 struct Disk {
@@ -53,6 +53,11 @@ impl Drop for Disk {
         // Lazily: a process that failed to end may still hold it.
         let _ = Command::new("umount").arg("-l").arg(&self.folder).status();
     }
+}
+
+fn ready(receiver: &Receiver) -> u16 {
+    let address = format!("127.0.0.1:{}", receiver.port());
+    http(&address, "GET", "/health/ready", "text/plain", b"").expect("an answer").0
 }
 
 fn lines_of(store: &Path) -> usize {
@@ -176,9 +181,36 @@ fn a_full_disk_under_the_store_is_no_receipt_and_loses_nothing() {
         receiver.log().contains("the store cannot write")
     });
     assert!(receipted() < 10 + LINES, "a false receipt");
+    wait_until("the receiver is not ready", PATIENCE, || ready(&receiver) == 503);
     disk.free();
     wait_until("a receipt for each line", PATIENCE, || receipted() == 10 + LINES);
     assert!(receiver.log().contains("the store can write again"), "{}", receiver.log());
+    assert_eq!(ready(&receiver), 200);
     assert_eq!(lines_of(&store), 10 + LINES);
+    assert!(sender.stop().success());
+}
+
+#[test]
+fn a_store_that_is_deleted_under_the_receiver_receipts_nothing_more() {
+    let bench = Bench::new();
+    let mut receiver = bench.receiver();
+    bench.write("app.log", lines("line", 10));
+    let mut sender = bench.sender(&receiver, &["app.log", "--receipts", "receipts.jsonl"]);
+    let receipted =
+        || fs::read_to_string(bench.path("receipts.jsonl")).unwrap_or_default().lines().count();
+    wait_until("the first receipts", PATIENCE, || receipted() == 10);
+    assert_eq!(ready(&receiver), 200);
+    for name in ["store.sqlite", "store.sqlite-wal", "store.sqlite-shm"] {
+        fs::remove_file(bench.path(name)).expect("a file of the store");
+    }
+    bench.append("app.log", "line 10\n");
+    sender.wait_for_log("deleted, moved or replaced");
+    assert_eq!(ready(&receiver), 503);
+    assert_eq!(receipted(), 10, "a false receipt");
+    receiver.stop();
+    receiver.start();
+    wait_until("the receipt of the new store", PATIENCE, || receipted() == 11);
+    assert_eq!(ready(&receiver), 200);
+    assert_eq!(bench.messages(), ["line 10"]);
     assert!(sender.stop().success());
 }

@@ -39,7 +39,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::ElasticsearchConfig;
 
-use super::Queue;
+use super::{Health, Queue};
 
 pub use client::{Client, ConfigureError, RequestError};
 pub use cluster::{Cluster, Node, Privileges, Template, VersionError, supported};
@@ -48,20 +48,6 @@ pub use template::{SetupError, SetupRequest, render, setup, setup_requests};
 /// Between the first and the second create of a conflict, at least. A conflict is answered from
 /// memory, perhaps before the document that it met is durable.
 const CONFLICT_PAUSE: Duration = Duration::from_secs(2);
-
-/// Whether Elasticsearch takes documents.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Health {
-    /// Nothing is known yet.
-    Starting,
-    /// It answered the last request.
-    Ready,
-    /// It did not, or refused us as a whole.
-    Down {
-        /// For a person: what happened.
-        reason: String,
-    },
-}
 
 /// The destination.
 #[derive(Debug)]

@@ -5,6 +5,7 @@
 //! is not committed with `synchronous=FULL` (I1), and a line that is there already is told by its
 //! id (I3). `waybill search` reads the same file from another process.
 
+mod files;
 mod retention;
 mod schema;
 #[cfg(test)]
@@ -13,20 +14,23 @@ mod writer;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rusqlite::ErrorCode;
+use thiserror::Error;
 use tokio::runtime::Handle;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::config::EmbeddedConfig;
 use crate::protocol::Verdict;
 
-use super::{Frame, Queue};
+use super::{Frame, Health, Queue};
 
 pub use schema::{StoreError, open_reader};
 
+use files::Files;
 use retention::{Retention, Step};
 use writer::{Runs, Writer};
 
@@ -39,17 +43,36 @@ const BATCH_LINES: u64 = 10_000;
 /// How often an idle store looks for lines that have become too old.
 const RETENTION_INTERVAL: Duration = Duration::from_secs(60);
 
+/// How often an idle store looks whether its file is still there.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+
 /// When a sender may try again after the store could not write.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
+
+/// After a failure for which no sender came back, the store tries by itself, so that a front that
+/// asks for `/health/ready` before it lets a sender in is not told no for ever.
+const PROBE_AFTER: Duration = Duration::from_secs(10);
 
 /// The embedded store, open for writing.
 pub struct Store {
     writer: Writer,
     retention: Retention,
     path: PathBuf,
+    files: Files,
     destination_id: Uuid,
-    /// The store could not write last time, and that has been said.
-    failing: bool,
+    /// When it last could not write, which has been said; `None` since it can.
+    failed: Option<Instant>,
+    health: watch::Sender<Health>,
+}
+
+/// Why nothing of a transaction may be receipted.
+#[derive(Debug, Error)]
+enum WriteError {
+    #[error(transparent)]
+    Sqlite(#[from] rusqlite::Error),
+    /// What was written is in a file that nobody will find.
+    #[error("its file is no longer the one that was opened")]
+    Gone,
 }
 
 impl Store {
@@ -58,13 +81,20 @@ impl Store {
         let path = config.file.clone();
         let (connection, destination_id) = schema::open_writer(&path)?;
         let writer = Writer::new(connection).map_err(|source| StoreError::of(&path, source))?;
+        let files = Files::of(&path, &writer.connection);
         let retention = Retention::new(config);
-        Ok(Store { writer, retention, path, destination_id, failing: false })
+        let health = watch::Sender::new(Health::Ready);
+        Ok(Store { writer, retention, path, files, destination_id, failed: None, health })
     }
 
     /// Minted when the store was made, and part of it for ever.
     pub fn destination_id(&self) -> Uuid {
         self.destination_id
+    }
+
+    /// Follows whether the store can write.
+    pub fn health(&self) -> watch::Receiver<Health> {
+        self.health.subscribe()
     }
 
     /// Takes frames until the queue is closed and empty. `shutdown` only ends the deletion of old
@@ -80,6 +110,7 @@ impl Store {
 
     fn serve(mut self, queue: &Queue, shutdown: &CancellationToken, runtime: &Handle) {
         let mut aged = true;
+        let mut idle = Instant::now();
         loop {
             let tending = aged && !shutdown.is_cancelled();
             let first = match queue.try_pop() {
@@ -88,16 +119,17 @@ impl Store {
                     aged = self.tend(1) == Tended::More;
                     continue;
                 }
-                None => {
-                    match runtime.block_on(tokio::time::timeout(RETENTION_INTERVAL, queue.pop())) {
-                        Ok(Some(frame)) => frame,
-                        Ok(None) => return,
-                        Err(_) => {
-                            aged = true;
-                            continue;
+                None => match runtime.block_on(tokio::time::timeout(LOOK_INTERVAL, queue.pop())) {
+                    Ok(Some(frame)) => frame,
+                    Ok(None) => return,
+                    Err(_) => {
+                        self.look();
+                        if idle.elapsed() >= RETENTION_INTERVAL {
+                            (aged, idle) = (true, Instant::now());
                         }
+                        continue;
                     }
-                }
+                },
             };
             let lines = self.write(first, queue);
             if !shutdown.is_cancelled() {
@@ -112,9 +144,7 @@ impl Store {
         let mut frames = vec![first];
         match self.commit(&mut frames, queue) {
             Ok(answers) => {
-                if std::mem::take(&mut self.failing) {
-                    tracing::info!(store = %self.path.display(), "the store can write again");
-                }
+                self.recovered();
                 let lines = answers.iter().map(|runs| runs.lines).sum();
                 for (frame, answer) in frames.iter().zip(answers) {
                     frame.reply.send(frame.offset, answer.runs);
@@ -130,7 +160,10 @@ impl Store {
 
     /// One transaction over all frames that are waiting, within the batch's limits. Every frame
     /// taken from the queue is in `frames`, whatever happens.
-    fn commit(&mut self, frames: &mut Vec<Frame>, queue: &Queue) -> rusqlite::Result<Vec<Runs>> {
+    fn commit(&mut self, frames: &mut Vec<Frame>, queue: &Queue) -> Result<Vec<Runs>, WriteError> {
+        if !self.files.are_there() {
+            return Err(WriteError::Gone);
+        }
         let mut batch = self.writer.begin()?;
         let mut answers: Vec<Runs> = Vec::new();
         let (mut bytes, mut lines) = (0, 0);
@@ -144,18 +177,46 @@ impl Store {
             }
         }
         batch.commit()?;
+        // Again: what the commit wrote must be in a file that a restart finds (I1).
+        if !self.files.are_there() {
+            return Err(WriteError::Gone);
+        }
         Ok(answers)
     }
 
-    /// Nothing of these frames is stored: says so, to the senders each time and to the log once.
-    fn defer(&mut self, frames: &[Frame], error: &rusqlite::Error) {
-        if !std::mem::replace(&mut self.failing, true) {
-            tracing::error!(
-                store = %self.path.display(), %error,
-                "the store cannot write: {}", advice(error)
-            );
+    /// The store has written.
+    fn recovered(&mut self) {
+        if self.failed.take().is_some() {
+            tracing::info!(store = %self.path.display(), "the store can write again");
+            self.health.send_replace(Health::Ready);
         }
-        let reason = format!("the receiver's store cannot write: {}", advice(error));
+    }
+
+    /// The store cannot write: says so once.
+    fn failed(&mut self, error: &WriteError) {
+        let advice = error.advice();
+        if self.failed.replace(Instant::now()).is_none() {
+            tracing::error!(store = %self.path.display(), %error, "the store cannot write: {advice}");
+        }
+        self.health.send_replace(Health::Down { reason: advice.to_owned() });
+    }
+
+    /// While nothing comes in: whether the file is still there, and whether what failed works now.
+    fn look(&mut self) {
+        if !self.files.are_there() {
+            self.failed(&WriteError::Gone);
+        } else if self.failed.is_some_and(|at| at.elapsed() >= PROBE_AFTER) {
+            match self.writer.probe() {
+                Ok(()) => self.recovered(),
+                Err(error) => self.failed(&error.into()),
+            }
+        }
+    }
+
+    /// Nothing of these frames is stored: says so, to the senders each time and to the log once.
+    fn defer(&mut self, frames: &[Frame], error: &WriteError) {
+        self.failed(error);
+        let reason = format!("the receiver's store cannot write: {}", error.advice());
         for frame in frames {
             let records = frame.segment.row.framing;
             let lines = records.records(&frame.records, frame.offset, frame.continues).count();
@@ -175,7 +236,7 @@ impl Store {
                 Ok(Step::Deleted(some)) => deleted += some as u64,
                 Err(error) => {
                     // A store that cannot write has said so already.
-                    if !self.failing {
+                    if self.failed.is_none() {
                         tracing::warn!(store = %self.path.display(), %error, "old lines were not deleted");
                     }
                     return Tended::Done;
@@ -193,7 +254,18 @@ enum Tended {
     More,
 }
 
-/// What a person does about an error of the store.
+impl WriteError {
+    /// What a person does about it.
+    fn advice(&self) -> &'static str {
+        match self {
+            WriteError::Sqlite(error) => advice(error),
+            WriteError::Gone => {
+                "its file was deleted, moved or replaced, put it back or start the receiver again"
+            }
+        }
+    }
+}
+
 fn advice(error: &rusqlite::Error) -> &'static str {
     match error.sqlite_error_code() {
         Some(ErrorCode::DiskFull) => "its disk is full, free some space or set keep_bytes",

@@ -1,7 +1,8 @@
 //! Deletes the oldest lines, in small transactions between those of the writer.
 //!
-//! Only what `keep_days` and `keep_bytes` name is deleted, oldest `@timestamp` first. Freed pages
-//! are used again; the file itself does not shrink.
+//! Only what `keep_days` and `keep_bytes` name is deleted, in the order in which it arrived: a time
+//! that a line gives itself must not push out other senders' lines (I4). Freed pages are used again;
+//! the file itself does not shrink.
 
 use rusqlite::{Connection, Transaction, TransactionBehavior};
 
@@ -62,36 +63,35 @@ pub(super) fn used_bytes(connection: &Connection) -> rusqlite::Result<u64> {
     Ok(u64::try_from(pages * pragma("page_size")?).unwrap_or(0))
 }
 
-/// Deletes the oldest lines and parked lines whose time lies before `time`.
+/// Deletes the oldest lines and parked lines that arrived before `time`.
 fn delete_before(connection: &Connection, time: i64) -> rusqlite::Result<Step> {
     let oldest = oldest_lines(connection, time)?;
-    let Some(newest) = oldest.last().map(|(_, time)| *time) else {
+    let Some(&(last, arrived)) = oldest.last() else {
         return delete_parked(connection, time);
     };
     let transaction = Transaction::new_unchecked(connection, TransactionBehavior::Immediate)?;
     {
         let mut words = transaction.prepare_cached("DELETE FROM words WHERE rowid = ?1")?;
         let mut lines = transaction.prepare_cached("DELETE FROM lines WHERE line = ?1")?;
-        // The word index wants its row ids in order, else it writes out what it holds each time.
-        let mut numbers: Vec<i64> = oldest.iter().map(|(line, _)| *line).collect();
-        numbers.sort_unstable();
-        for line in numbers {
+        // In order of their numbers: else the word index writes out what it holds each time.
+        for (line, _) in &oldest {
             words.execute([line])?;
             lines.execute([line])?;
         }
     }
-    transaction.execute("DELETE FROM parked WHERE time < ?1", [newest])?;
-    transaction.execute("DELETE FROM segments WHERE newest < ?1", [newest])?;
+    transaction.execute("DELETE FROM parked WHERE arrived < ?1", [arrived])?;
+    transaction.execute("DELETE FROM segments WHERE newest <= ?1", [last])?;
     transaction.execute("INSERT INTO words (words, rank) VALUES ('merge', ?1)", [MERGE_PAGES])?;
     transaction.commit()?;
     Ok(Step::Deleted(oldest.len()))
 }
 
-/// Number and time of the oldest lines before `time`, oldest first.
+/// Number and time of arrival of the oldest lines, up to the first that did not arrive before `time`.
 fn oldest_lines(connection: &Connection, time: i64) -> rusqlite::Result<Vec<(i64, i64)>> {
     connection
-        .prepare_cached("SELECT line, time FROM lines WHERE time < ?1 ORDER BY time LIMIT ?2")?
-        .query_map([time, STEP_LINES as i64], |row| Ok((row.get(0)?, row.get(1)?)))?
+        .prepare_cached("SELECT line, arrived FROM lines ORDER BY line LIMIT ?1")?
+        .query_map([STEP_LINES as i64], |row| Ok((row.get(0)?, row.get(1)?)))?
+        .take_while(|line| !matches!(line, Ok((_, arrived)) if *arrived >= time))
         .collect()
 }
 
@@ -99,7 +99,7 @@ fn oldest_lines(connection: &Connection, time: i64) -> rusqlite::Result<Vec<(i64
 fn delete_parked(connection: &Connection, time: i64) -> rusqlite::Result<Step> {
     let deleted = connection.execute(
         "DELETE FROM parked WHERE rowid IN \
-         (SELECT rowid FROM parked WHERE time < ?1 ORDER BY time LIMIT ?2)",
+         (SELECT rowid FROM parked WHERE arrived < ?1 ORDER BY arrived LIMIT ?2)",
         [time, STEP_LINES as i64],
     )?;
     Ok(if deleted == 0 { Step::Done } else { Step::Deleted(deleted) })

@@ -16,7 +16,7 @@ use uuid::Uuid;
 const APPLICATION_ID: i32 = 0x5779_626c;
 
 /// `user_version` in the file's header; it grows with every change of [`SCHEMA`].
-const SCHEMA_VERSION: i32 = 1;
+const SCHEMA_VERSION: i32 = 2;
 
 /// How long a statement waits for another process's lock.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -40,8 +40,10 @@ const LOG_BYTES_MAX: i64 = 64 << 20;
 /// The tables.
 ///
 /// `lines.line` counts lines as they arrive and is the row id of `words`, which keeps no text of
-/// its own: a hit's text is in its document. `segments` holds once what thousands of lines share;
-/// its `newest` tells retention when the last of them is gone.
+/// its own: a hit's text is in its document. An id may be there once per index, which its segment
+/// names. `arrived` is this machine's clock, in milliseconds since 1970: what a line says of itself
+/// does not decide how long it or others are kept. `segments` holds once what thousands of lines
+/// share; its `newest`, the highest number of a line, tells retention when the last of them is gone.
 const SCHEMA: &str = "
     CREATE TABLE meta (
         name TEXT PRIMARY KEY,
@@ -57,12 +59,14 @@ const SCHEMA: &str = "
     ) STRICT;
     CREATE TABLE lines (
         line INTEGER PRIMARY KEY,
-        id BLOB NOT NULL UNIQUE,
+        id BLOB NOT NULL,
         time INTEGER NOT NULL,
+        arrived INTEGER NOT NULL,
         segment INTEGER NOT NULL,
         offset INTEGER NOT NULL,
         document TEXT NOT NULL
     ) STRICT;
+    CREATE INDEX lines_id ON lines (id);
     CREATE INDEX lines_time ON lines (time);
     CREATE VIRTUAL TABLE words USING fts5 (
         line, content = '', contentless_delete = 1, tokenize = 'unicode61'
@@ -70,7 +74,7 @@ const SCHEMA: &str = "
     CREATE TABLE parked (
         id BLOB PRIMARY KEY,
         reason TEXT NOT NULL,
-        time INTEGER NOT NULL,
+        arrived INTEGER NOT NULL,
         sender BLOB NOT NULL,
         source TEXT NOT NULL,
         path TEXT NOT NULL,
@@ -106,6 +110,18 @@ pub enum StoreError {
         path.display()
     )]
     Newer {
+        /// The store's file.
+        path: PathBuf,
+        /// Its format's number.
+        found: i32,
+    },
+    /// A Waybill from before the first release made it.
+    #[error(
+        "the store {} has format {found}, this version writes {SCHEMA_VERSION}; move the file and \
+         its -wal and -shm away and start again with a new one, or use the waybill that made it",
+        path.display()
+    )]
+    Older {
         /// The store's file.
         path: PathBuf,
         /// Its format's number.
@@ -218,7 +234,10 @@ fn kind(connection: &Connection, path: &Path) -> Result<Kind, StoreError> {
         (APPLICATION_ID, found, _) if found > SCHEMA_VERSION => {
             Err(StoreError::Newer { path: path.to_owned(), found })
         }
-        (APPLICATION_ID, SCHEMA_VERSION, _) => Ok(Kind::Store),
+        (APPLICATION_ID, found, _) if found < SCHEMA_VERSION => {
+            Err(StoreError::Older { path: path.to_owned(), found })
+        }
+        (APPLICATION_ID, _, _) => Ok(Kind::Store),
         (0, 0, 0) => Ok(Kind::Empty),
         _ => Err(StoreError::NotAStore(path.to_owned())),
     }

@@ -32,7 +32,7 @@ pub(crate) fn store_documents(path: &Path, lines: impl IntoIterator<Item = (Vec<
     for (offset, (payload, document)) in (0..).zip(lines) {
         let id = segment.ids.id(offset, &payload);
         let document = document.as_bytes();
-        let line = Line { id, offset, payload: &payload, document, read_at: 0 };
+        let line = Line { id, offset, payload: &payload, document, read_at: 0, arrived: 0 };
         let verdict = batch.line(&mut open, &line).expect("an insert");
         assert_eq!(verdict, Ok(Verdict::Stored));
     }
@@ -189,6 +189,7 @@ fn a_full_disk_defers_whole_frames_and_passes() {
         let connection = &store.writer.connection;
         connection.pragma_update(None, "max_page_count", pages).expect("a limit");
     };
+    let health = store.health();
     limit(&store, 1);
     let lines: String = (0..2000).map(|n| format!("line number {n}\n")).collect();
     let to = 6 + lines.len() as u64;
@@ -201,11 +202,61 @@ fn a_full_disk_defers_whole_frames_and_passes() {
     };
     assert_eq!((*deferred, *after), (2000, RETRY_AFTER));
     assert!(reason.contains("disk is full"), "{reason}");
+    assert!(matches!(*health.borrow(), Health::Down { .. }));
     assert_eq!(count(&store.writer.connection, "lines"), 1, "a deferred frame leaves nothing");
     limit(&store, i64::from(u32::MAX) - 1);
     let receipt = peer.write(&mut store, 6, lines);
     assert_eq!(receipt.runs, [run(to, 2000, Verdict::Stored)]);
-    assert!(!store.failing);
+    assert!(store.failed.is_none());
+    assert_eq!(*health.borrow(), Health::Ready);
+}
+
+#[test]
+fn nothing_is_receipted_while_the_file_is_not_the_one_that_was_opened() {
+    type Change = fn(&Path);
+    let removed: Change = |path| fs::remove_file(path).expect("removed");
+    let replaced: Change = |path| {
+        let copy = path.with_extension("copy");
+        fs::copy(path, &copy).expect("a copy");
+        fs::rename(&copy, path).expect("replaced");
+    };
+    let without_log: Change =
+        |path| fs::remove_file(path.with_extension("sqlite-wal")).expect("removed");
+    for change in [removed, replaced, without_log] {
+        let folder = folder();
+        let path = folder.path().join("store.sqlite");
+        let peer = Peer::new(Framing::LINES);
+        let mut store = open(&path);
+        let receipt = peer.write(&mut store, 0, "first\n");
+        assert_eq!(receipt.runs, [run(6, 1, Verdict::Stored)]);
+        change(&path);
+        let receipt = peer.write(&mut store, 6, "second\n");
+        let Verdict::Deferred { reason, .. } = &receipt.runs[0].verdict else {
+            panic!("{receipt:?}")
+        };
+        assert!(reason.contains("deleted, moved or replaced"), "{reason}");
+        assert!(matches!(*store.health().borrow(), Health::Down { .. }));
+    }
+}
+
+#[test]
+fn a_file_that_was_moved_and_put_back_is_written_on() {
+    let folder = folder();
+    let path = folder.path().join("store.sqlite");
+    let away = folder.path().join("away.sqlite");
+    let peer = Peer::new(Framing::LINES);
+    let mut store = open(&path);
+    fs::rename(&path, &away).expect("moved");
+    // Nothing comes in, and it is noticed all the same.
+    store.look();
+    assert!(matches!(*store.health().borrow(), Health::Down { .. }));
+    assert!(!peer.write(&mut store, 0, "line\n").runs[0].verdict.is_final());
+    fs::rename(&away, &path).expect("put back");
+    assert_eq!(peer.write(&mut store, 0, "line\n").runs, [run(5, 1, Verdict::Stored)]);
+    assert_eq!(*store.health().borrow(), Health::Ready);
+    store.failed = Instant::now().checked_sub(PROBE_AFTER);
+    store.look();
+    assert!(store.failed.is_none(), "it tries by itself");
 }
 
 #[test]
@@ -245,7 +296,7 @@ fn a_document_that_would_break_searches_is_refused_and_its_neighbours_are_not() 
     let mut open = batch.open(&segment, segment.row.day).expect("a segment");
     let mut insert = |offset: u64, document: &[u8]| {
         let id = segment.ids.id(offset, b"x");
-        let line = Line { id, offset, payload: b"x", document, read_at: 7 };
+        let line = Line { id, offset, payload: b"x", document, read_at: 7, arrived: 0 };
         batch.line(&mut open, &line).expect("the store works")
     };
     for broken in [&b""[..], b"{", b"[1]", b"{} {}", b"{\"a\":\"\xff\"}", b"{\"@timestamp\":1}"] {
@@ -279,7 +330,7 @@ fn a_line_that_is_stored_at_last_leaves_the_dead_letter() {
     assert_eq!(count(&store.writer.connection, "parked"), 0);
 }
 
-/// `lines` lines, one per hour from the start of 1970, in a segment of their own per day.
+/// `lines` lines that arrived one per hour from the start of 1970, in a segment of their own per day.
 fn hourly(store: &mut Store, lines: u64) {
     let mut batch = store.writer.begin().expect("a transaction");
     for first in (0..lines).step_by(24) {
@@ -287,13 +338,17 @@ fn hourly(store: &mut Store, lines: u64) {
         let mut open = batch.open(&segment, segment.row.day).expect("a segment");
         for hour in first..lines.min(first + 24) {
             let payload = format!("hour{hour} {}", "filler ".repeat(20));
-            let document = format!("{{\"message\":\"{payload}\"}}");
+            // The later a line arrives, the older it says it is.
+            let time = jiff::Timestamp::from_second(1 << 33).expect("a time")
+                - jiff::SignedDuration::from_hours(hour as i64);
+            let document = format!("{{\"@timestamp\":\"{time}\",\"message\":\"{payload}\"}}");
             let line = Line {
                 id: segment.ids.id(hour, payload.as_bytes()),
                 offset: hour,
                 payload: payload.as_bytes(),
                 document: document.as_bytes(),
-                read_at: hour * 3_600_000,
+                read_at: 0,
+                arrived: hour * 3_600_000,
             };
             assert_eq!(batch.line(&mut open, &line).expect("an insert"), Ok(Verdict::Stored));
         }
@@ -325,7 +380,7 @@ fn keep_days_deletes_what_is_older_and_nothing_else() {
     assert_eq!(count(connection, "lines"), 40 * 24);
     assert_eq!(matches(connection, "hour0") + matches(connection, "hour1439"), 0);
     assert_eq!(matches(connection, "hour1440"), 1);
-    assert_eq!(count(connection, "segments"), 41, "segments go when a later line has gone too");
+    assert_eq!(count(connection, "segments"), 40, "segments go with their last line");
 }
 
 #[test]
@@ -355,9 +410,41 @@ fn keep_bytes_deletes_the_oldest_until_the_rest_fits() {
     assert!(after <= before / 2, "{before} {after}");
     assert!(deleted < 15_000, "no more than needed goes: {deleted} of 20000");
     let oldest: i64 = connection
-        .query_row("SELECT min(time) FROM lines", [], |row| row.get(0))
+        .query_row("SELECT min(arrived) FROM lines", [], |row| row.get(0))
         .expect("lines are left");
     assert_eq!(oldest, deleted as i64 * 3_600_000, "the oldest go first");
+}
+
+#[test]
+fn a_line_of_the_year_9999_goes_before_those_that_came_after_it() {
+    let folder = folder();
+    let mut store = open(&folder.path().join("store"));
+    let (attacker, victim) = (Peer::new(Framing::LINES), Peer::new(Framing::LINES));
+    let late: String = (0..2000)
+        .map(|n| format!("{{\"@timestamp\":\"9999-12-30T00:00:00Z\",\"message\":\"late{n}\"}}\n"))
+        .collect();
+    attacker.write(&mut store, 0, late);
+    let before = used_bytes(&store.writer.connection).expect("a size");
+    let lines: String = (0..2000).map(|n| format!("honest {n}\n")).collect();
+    victim.write(&mut store, 0, lines);
+    assert!(keep(&store, None, Some(before), 0) > 0);
+    let connection = &store.writer.connection;
+    assert_eq!(matches(connection, "honest"), 2000, "what came last stays");
+    assert!(count(connection, "lines") < 4000);
+}
+
+#[test]
+fn a_store_of_an_older_format_is_refused() {
+    let folder = folder();
+    let path = folder.path().join("store");
+    drop(open(&path));
+    let connection = Connection::open(&path).expect("a database");
+    connection.pragma_update(None, "user_version", 1).expect("a version");
+    drop(connection);
+    for error in [Store::open(&config(&path)).err(), open_reader(&path).err()] {
+        let error = error.expect("too old");
+        assert!(matches!(error, StoreError::Older { found: 1, .. }), "{error}");
+    }
 }
 
 #[test]
@@ -489,6 +576,25 @@ proptest! {
         let ids = ids.query_map([], |row| row.get::<_, [u8; 24]>(0).map(DocumentId)).expect("SQL");
         prop_assert!(ids.collect::<Result<Vec<_>, _>>().is_ok());
     }
+}
+
+/// The store's answer to a key that came under two types must not name an index without it.
+#[test]
+fn a_key_in_two_indices_is_a_line_in_each() {
+    let folder = folder();
+    let mut store = open(&folder.path().join("store"));
+    let mut records = Vec::new();
+    encode_spool_record(&mut records, DAY_MS * 20_778, b"key", b"line");
+    let mut peer = Peer::new(Framing::SPOOL);
+    let mut verdicts = Vec::new();
+    for index in ["one", "two", "one"] {
+        let row = Row { segment: SegmentId::mint(), ..peer.segment.row.clone() };
+        let sender = peer.segment.sender;
+        peer.segment = Arc::new(Segment::new(row, sender, "web1".to_owned(), index.to_owned()));
+        verdicts.push(peer.write(&mut store, 0, records.clone()).runs.remove(0).verdict);
+    }
+    assert_eq!(verdicts, [Verdict::Stored, Verdict::Stored, Verdict::Already]);
+    assert_eq!(count(&store.writer.connection, "lines"), 2);
 }
 
 #[test]

@@ -33,6 +33,8 @@ pub(super) struct Line<'a> {
     pub(super) document: &'a [u8],
     /// Milliseconds since 1970, where the document has no time of its own.
     pub(super) read_at: u64,
+    /// This machine's clock, likewise: retention goes by it.
+    pub(super) arrived: u64,
 }
 
 impl Writer {
@@ -42,14 +44,21 @@ impl Writer {
         Ok(Writer { connection, any_parked, document: Vec::new() })
     }
 
+    /// Writes a page and syncs it: says whether the store can.
+    pub(super) fn probe(&self) -> rusqlite::Result<()> {
+        self.connection.execute("UPDATE meta SET value = value", []).map(drop)
+    }
+
     /// Begins a transaction.
     pub(super) fn begin(&mut self) -> rusqlite::Result<Batch<'_>> {
         let connection = &self.connection;
         let transaction = Transaction::new_unchecked(connection, TransactionBehavior::Immediate)?;
         Ok(Batch {
             insert_line: connection.prepare_cached(
-                "INSERT INTO lines (id, time, segment, offset, document) \
-                 VALUES (?1, ?2, ?3, ?4, ?5) ON CONFLICT (id) DO NOTHING",
+                "INSERT INTO lines (id, time, arrived, segment, offset, document) \
+                 SELECT ?1, ?2, ?3, ?4, ?5, ?6 WHERE NOT EXISTS ( \
+                     SELECT 1 FROM lines JOIN segments ON number = lines.segment \
+                     WHERE id = ?1 AND index_name = ?7)",
             )?,
             insert_words: connection
                 .prepare_cached("INSERT INTO words (rowid, line) VALUES (?1, ?2)")?,
@@ -75,7 +84,9 @@ pub(super) struct OpenSegment {
     number: i64,
     /// The day of its index.
     day: Day,
-    /// Newest time of a line that was added, for retention.
+    /// The name of its index.
+    index: String,
+    /// The last line that was added, for retention.
     newest: i64,
 }
 
@@ -112,10 +123,10 @@ impl Batch<'_> {
             let verdict = match record.kind {
                 RecordKind::Skipped => Verdict::Skipped,
                 RecordKind::Corrupt => {
-                    self.park(segment, &record, read_at, "its checksum in the spool is wrong")?
+                    self.park(segment, &record, now, "its checksum in the spool is wrong")?
                 }
                 RecordKind::Line => match frame.day_of(&record) {
-                    Err(outside) => self.park(segment, &record, read_at, &outside.to_string())?,
+                    Err(outside) => self.park(segment, &record, now, &outside.to_string())?,
                     Ok(day) => {
                         if day != lines.day {
                             self.close(&lines)?;
@@ -129,10 +140,11 @@ impl Batch<'_> {
                             payload: record.payload,
                             document: &document,
                             read_at,
+                            arrived: now,
                         };
                         match self.line(&mut lines, &line)? {
                             Ok(verdict) => verdict,
-                            Err(reason) => self.park(segment, &record, read_at, &reason)?,
+                            Err(reason) => self.park(segment, &record, now, &reason)?,
                         }
                     }
                 },
@@ -159,10 +171,12 @@ impl Batch<'_> {
         let inserted = self.insert_line.execute(params![
             id,
             time,
+            i64::try_from(line.arrived).unwrap_or(i64::MAX),
             segment.number,
             // An offset is less than 2^40.
             line.offset as i64,
-            document
+            document,
+            segment.index
         ]);
         match inserted {
             Ok(0) => return Ok(Ok(Verdict::Already)),
@@ -179,7 +193,7 @@ impl Batch<'_> {
             // Stored at last: the dead letter is superseded.
             self.transaction.prepare_cached("DELETE FROM parked WHERE id = ?1")?.execute([id])?;
         }
-        segment.newest = segment.newest.max(time);
+        segment.newest = number;
         Ok(Ok(Verdict::Stored))
     }
 
@@ -188,19 +202,19 @@ impl Batch<'_> {
         &mut self,
         segment: &Segment,
         record: &Record<'_>,
-        time: u64,
+        arrived: u64,
         reason: &str,
     ) -> rusqlite::Result<Verdict> {
         let id = segment.ids.of(record);
         self.transaction
             .prepare_cached(
-                "INSERT INTO parked (id, reason, time, sender, source, path, offset, line) \
+                "INSERT INTO parked (id, reason, arrived, sender, source, path, offset, line) \
                  VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8) ON CONFLICT (id) DO NOTHING",
             )?
             .execute(params![
                 &id.0[..],
                 reason,
-                i64::try_from(time).unwrap_or(i64::MAX),
+                i64::try_from(arrived).unwrap_or(i64::MAX),
                 &segment.sender.0.as_bytes()[..],
                 segment.row.source,
                 segment.row.path,
@@ -215,24 +229,24 @@ impl Batch<'_> {
     /// Finds the segment's row for the index of a day, or makes it. It is looked up anew for each frame, because retention
     /// may have deleted it since.
     pub(super) fn open(&mut self, segment: &Segment, day: Day) -> rusqlite::Result<OpenSegment> {
+        let index = segment.index_on(day);
         // The update changes nothing but makes RETURNING speak where the row is there.
         let number = self
             .transaction
             .prepare_cached(
                 "INSERT INTO segments (segment, sender, index_name, newest) \
-                 VALUES (?1, ?2, ?3, ?4) \
+                 VALUES (?1, ?2, ?3, 0) \
                  ON CONFLICT DO UPDATE SET newest = newest RETURNING number",
             )?
             .query_row(
                 params![
                     &segment.row.segment.0.as_bytes()[..],
                     &segment.sender.0.as_bytes()[..],
-                    segment.index_on(day),
-                    i64::MIN
+                    index
                 ],
                 |row| row.get(0),
             )?;
-        Ok(OpenSegment { number, day, newest: i64::MIN })
+        Ok(OpenSegment { number, day, index: index.into(), newest: 0 })
     }
 
     /// Notes the newest line of the segment.
