@@ -12,12 +12,12 @@ use super::files::gzip;
 use super::support::servers::wait_until;
 use super::support::waybill::{Bench, PATIENCE, Random, lines, numbered};
 
-fn rename(bench: &Bench, from: &str, to: &str) {
+pub fn rename(bench: &Bench, from: &str, to: &str) {
     fs::rename(bench.path(from), bench.path(to)).expect("rename");
 }
 
 /// As gzip(1) does it: the archive has the file's time, and appears before the file goes.
-fn compress(bench: &Bench, name: &str) {
+pub fn compress(bench: &Bench, name: &str) {
     let text = fs::read(bench.path(name)).expect("read");
     let modified = bench.path(name).metadata().and_then(|m| m.modified()).expect("a time");
     let archive = bench.write(&format!("{name}.gz"), gzip(&text));
@@ -26,7 +26,7 @@ fn compress(bench: &Bench, name: &str) {
 }
 
 /// `app.log` becomes `app.log.1`, that `app.log.2`, and so on.
-fn shift(bench: &Bench) {
+pub fn shift(bench: &Bench) {
     let mut last = 1;
     while bench.path(&format!("app.log.{last}")).exists() {
         last += 1;
@@ -36,7 +36,7 @@ fn shift(bench: &Bench) {
     }
 }
 
-fn copytruncate(bench: &Bench) {
+pub fn copytruncate(bench: &Bench) {
     shift(bench);
     fs::copy(bench.path("app.log"), bench.path("app.log.1")).expect("copy");
     File::options()
@@ -46,7 +46,7 @@ fn copytruncate(bench: &Bench) {
         .expect("cut");
 }
 
-fn several(tags: &[&str], count: usize) -> impl Iterator<Item = String> {
+pub fn several(tags: &[&str], count: usize) -> impl Iterator<Item = String> {
     let lines: Vec<String> = tags.iter().flat_map(|tag| numbered(tag, count)).collect();
     lines.into_iter()
 }

@@ -3,8 +3,11 @@
 //! The sweep alone is enough: an overflowing inotify queue, a file system without it (NFS) or a
 //! folder that appears later costs a second, never a file.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
+use std::ffi::OsString;
+use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -15,22 +18,70 @@ use tracing::debug;
 /// How often patterns are swept without a hint.
 pub const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The paths that a pattern names now, in order. Unreadable folders are passed over: they may
-/// become readable later.
+/// The paths that an absolute pattern names now, in order. Unreadable folders are passed over: they
+/// may become readable later. In names that are not UTF-8, a wildcard matches any byte.
 pub fn sweep(pattern: &str) -> Vec<PathBuf> {
-    let options = glob::MatchOptions {
-        case_sensitive: true,
-        require_literal_separator: true,
-        require_literal_leading_dot: false,
-    };
     if !has_wildcard(pattern) {
         return vec![PathBuf::from(pattern)];
     }
-    match glob::glob_with(pattern, options) {
-        Ok(paths) => paths.filter_map(Result::ok).collect(),
-        // The configuration was checked; nothing matches a pattern that is none.
-        Err(_) => Vec::new(),
+    let mut paths = vec![PathBuf::from("/")];
+    for part in pattern.split('/').filter(|part| !part.is_empty()) {
+        paths = match part {
+            "**" => folders_below(paths),
+            _ if !has_wildcard(part) => paths.iter().map(|path| path.join(part)).collect(),
+            _ => match glob::Pattern::new(part) {
+                Ok(part) => paths.iter().flat_map(|folder| matching(folder, &part)).collect(),
+                // The configuration was checked; nothing matches a pattern that is none.
+                Err(_) => Vec::new(),
+            },
+        };
     }
+    paths.retain(|path| path.symlink_metadata().is_ok());
+    paths.sort();
+    paths.dedup();
+    paths
+}
+
+fn matching(folder: &Path, pattern: &glob::Pattern) -> Vec<PathBuf> {
+    let names = names(folder).into_iter();
+    names
+        .filter(|name| pattern.matches(&name.to_string_lossy()))
+        .map(|name| folder.join(name))
+        .collect()
+}
+
+/// The names in a folder, as far as it can be read.
+pub fn names(folder: &Path) -> Vec<OsString> {
+    match fs::read_dir(folder) {
+        Ok(entries) => entries.flatten().map(|entry| entry.file_name()).collect(),
+        Err(error) => {
+            debug!(folder = %folder.display(), %error, "not searched");
+            Vec::new()
+        }
+    }
+}
+
+/// These folders and all below them, each once: links may form a circle. What is there is met
+/// before what is linked.
+fn folders_below(folders: Vec<PathBuf>) -> Vec<PathBuf> {
+    let mut all = Vec::new();
+    let mut seen = BTreeSet::new();
+    let mut next = VecDeque::from(folders);
+    while let Some(folder) = next.pop_front() {
+        let Ok(metadata) = fs::metadata(&folder) else { continue };
+        if !metadata.is_dir() || !seen.insert((metadata.dev(), metadata.ino())) {
+            continue;
+        }
+        for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
+            match entry.file_type() {
+                Ok(kind) if kind.is_dir() => next.push_front(entry.path()),
+                Ok(kind) if kind.is_symlink() => next.push_back(entry.path()),
+                _ => {}
+            }
+        }
+        all.push(folder);
+    }
+    all
 }
 
 /// Whether a pattern is more than a path.
@@ -110,7 +161,7 @@ impl Default for Hints {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
+    use std::os::unix::ffi::OsStrExt;
 
     use super::*;
 
@@ -123,6 +174,27 @@ mod tests {
         fs::write(dir.path().join("sub/a.log"), "x\n").expect("write");
         fs::write(dir.path().join("b.log.1"), "x\n").expect("write");
         assert_eq!(sweep(&pattern), [dir.path().join("sub/a.log")]);
+    }
+
+    #[test]
+    fn names_that_are_not_utf_8_match() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let odd = dir.path().join(std::ffi::OsStr::from_bytes(b"caf\xe9.log"));
+        fs::write(&odd, "x\n").expect("write");
+        let folder = dir.path().display();
+        assert_eq!(sweep(&format!("{folder}/*.log")), [odd.clone()]);
+        assert_eq!(sweep(&format!("{folder}/caf?.log")), [odd]);
+        assert!(sweep(&format!("{folder}/*.txt")).is_empty());
+    }
+
+    #[test]
+    fn links_in_a_circle_end() {
+        let dir = tempfile::tempdir().expect("a folder");
+        fs::create_dir(dir.path().join("sub")).expect("folder");
+        fs::write(dir.path().join("sub/a.log"), "x\n").expect("write");
+        std::os::unix::fs::symlink("..", dir.path().join("sub/up")).expect("link");
+        let found = sweep(&format!("{}/**/a.log", dir.path().display()));
+        assert_eq!(found, [dir.path().join("sub/a.log")]);
     }
 
     #[tokio::test]
