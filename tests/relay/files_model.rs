@@ -162,7 +162,9 @@ impl Model {
         self.receiver_up();
         self.note("once");
         let finished = self.bench.send_once(&self.receiver, &[self.pattern]);
-        assert!(!finished.stderr.contains("lost"), "{}\n{:#?}", finished.stderr, self.history);
+        let log = fs::read_to_string(self.bench.path("sender.log")).unwrap_or_default();
+        let (stderr, history) = (&finished.stderr, &self.history);
+        assert!(!stderr.contains("lost"), "{stderr}\n{history:#?}\n{log}");
     }
 
     fn toggle_receiver(&mut self) {

@@ -50,7 +50,7 @@ fn a_missed_generation_with_an_old_time_is_sent() {
     bench.write("app.log", lines("first", 100));
     bench.send_once(&receiver, &["app.log"]).ok();
     rotate(&bench, &lines("second", 100));
-    let old = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
+    let old = SystemTime::now() - Duration::from_secs(100 * 24 * 3600);
     let file = File::options().write(true).open(bench.path("app.log")).expect("open");
     file.set_modified(old).expect("time");
     rotate(&bench, &lines("third", 100));

@@ -59,6 +59,11 @@ impl Known {
         (place.device, place.inode, place.born) == (other.device, other.inode, other.born)
     }
 
+    /// How many bytes of it are known by a hash.
+    fn evidence(&self) -> u64 {
+        self.progress.position.max(self.progress.prefix.length.into())
+    }
+
     /// The device may be numbered anew at each boot, and a number given to another file: that one
     /// was born later.
     fn has_inode_of(&self, tail: &Tail) -> bool {
@@ -158,6 +163,7 @@ pub struct Surroundings<'a> {
 pub fn recognise(mut found: Vec<Found>, around: Surroundings<'_>) -> io::Result<Vec<Decision>> {
     let assigned = assign(&mut found, around);
     let mut originals: Vec<Original<'_>> = around.held.iter().map(Original::held).collect();
+    originals.sort_by_key(|original| Reverse(original.known.map(Known::evidence)));
     let mut decisions = Vec::new();
     let mut rest = Vec::new();
     for (found, assigned) in found.into_iter().zip(assigned) {
@@ -176,7 +182,7 @@ pub fn recognise(mut found: Vec<Found>, around: Surroundings<'_>) -> io::Result<
         if let Some(number) = originals.iter().position(|original| original.has_copy(&mut found)) {
             // Without a name there is one archive; more of them are generations of their own.
             if originals[number].at.is_none() {
-                originals.swap_remove(number);
+                originals.remove(number);
             }
             decisions.push(Decision::Copy { found });
         } else {
@@ -210,18 +216,27 @@ enum Fit {
     Shortened,
 }
 
+/// A run and a file that may be its own.
+#[derive(Clone, Copy)]
+struct Pair {
+    fit: Fit,
+    run: usize,
+    file: usize,
+    until: Option<u64>,
+}
+
 /// Pairs files with lost runs.
 fn assign<'a>(found: &mut [Found], around: Surroundings<'a>) -> Vec<Option<Assigned<'a>>> {
-    let mut fits = Vec::new();
-    for (number, known) in around.lost.iter().enumerate() {
-        let mut of_run = Vec::new();
+    let lost = around.lost;
+    let mut pairs = Vec::new();
+    for (run, known) in lost.iter().enumerate() {
         // Truncated: whoever took its place has its inode.
         let has_inode = |found: &Found| known.has_inode_of(&found.tail);
         let inode_is_there = found.iter().any(has_inode)
             || around.held.iter().any(|held| held.known.has_inode_of_run(known));
         for (file, found) in found.iter_mut().enumerate() {
             match fit(found, known, inode_is_there, around.rebooted) {
-                Ok(Some((fit, until))) => of_run.push((fit, file, until)),
+                Ok(Some((fit, until))) => pairs.push(Pair { fit, run, file, until }),
                 Ok(None) => {}
                 // An archive that is being written, a disk that fails: looked at again later.
                 Err(error) => {
@@ -229,25 +244,26 @@ fn assign<'a>(found: &mut [Found], around: Surroundings<'a>) -> Vec<Option<Assig
                 }
             }
         }
-        if was_truncated(found, known, &of_run) {
-            of_run.retain(|(fit, ..)| *fit != Fit::Home);
-        }
-        fits.extend(of_run.into_iter().map(|(fit, file, until)| (fit, number, file, until)));
     }
-    // An inode that was used again is its last run's; archives and copies are taken in the order in
-    // which their runs were written.
-    fits.sort_by_key(|(fit, run, file, _)| {
-        let opened = around.lost[*run].opened;
-        let newest = (*fit == Fit::Home).then_some(Reverse(opened));
-        let same_device = around.lost[*run].inode().device == found[*file].tail.inode().device;
-        (*fit, !same_device, newest, opened, found[*file].tail.is_compressed(), *file)
+    let truncated: Vec<bool> =
+        (0..lost.len()).map(|run| was_truncated(found, &lost[run], run, &pairs)).collect();
+    pairs.retain(|pair| pair.fit != Fit::Home || !truncated[pair.run]);
+    // An inode that was used again is its last run's. Elsewhere the run goes first of which most
+    // bytes are known: a first line fits many files.
+    pairs.sort_by_key(|pair| {
+        let known = &lost[pair.run];
+        let tail = &found[pair.file].tail;
+        let newest = (pair.fit == Fit::Home).then_some(Reverse(known.opened));
+        let same_device = known.inode().device == tail.inode().device;
+        let rank = (pair.fit, !same_device, newest, Reverse(known.evidence()));
+        (rank, known.opened, tail.is_compressed(), pair.file)
     });
     let mut assigned = vec![None; found.len()];
-    let mut taken = vec![false; around.lost.len()];
-    for (_, run, file, until) in fits {
+    let mut taken = vec![false; lost.len()];
+    for Pair { run, file, until, .. } in pairs {
         if assigned[file].is_none() && !taken[run] {
             taken[run] = true;
-            assigned[file] = Some(Assigned { run: &around.lost[run], until });
+            assigned[file] = Some(Assigned { run: &lost[run], until });
         }
     }
     assigned
@@ -300,17 +316,20 @@ fn fit(
 }
 
 /// Whether a run's own inode was truncated and holds the same first bytes again: then its copy
-/// under a rotated name holds other bytes behind the position. (A copy that somebody made of a file
-/// that goes on is a beginning of it.)
-fn was_truncated(found: &mut [Found], known: &Known, fits: &[(Fit, usize, Option<u64>)]) -> bool {
-    let home = fits.iter().find(|(fit, ..)| *fit == Fit::Home).map(|(_, file, _)| *file);
+/// under a rotated name, which is no other run's home, holds other bytes behind the position. (A
+/// copy that somebody made of a file that goes on is a beginning of it.)
+fn was_truncated(found: &mut [Found], known: &Known, run: usize, pairs: &[Pair]) -> bool {
+    let is_home = |pair: &&Pair| pair.fit == Fit::Home && pair.run == run;
+    let home = pairs.iter().find(is_home).map(|pair| pair.file);
     let Some(home) = home.filter(|home| !found[*home].is_rotated()) else { return false };
-    let from = known.progress.position;
-    fits.iter().any(|(fit, file, _)| {
-        if *fit != Fit::Rotated {
+    let is_another_home =
+        |file| pairs.iter().any(|pair| pair.fit == Fit::Home && pair.file == file);
+    pairs.iter().any(|pair| {
+        if pair.run != run || pair.fit != Fit::Rotated || is_another_home(pair.file) {
             return false;
         }
-        let Ok([home, copy]) = found.get_disjoint_mut([home, *file]) else { return false };
+        let Ok([home, copy]) = found.get_disjoint_mut([home, pair.file]) else { return false };
+        let from = known.progress.position;
         matches!(begins_with(&mut home.tail, &mut copy.tail, from), Ok(false))
     })
 }
@@ -351,7 +370,14 @@ impl<'a> Original<'a> {
             && found.is_related(at)
             && found.is_rotated_from(at)
             && !has_rotated_name(at)
-            && self.begins_with(at, found)
+            && (self.begins_with(at, found) || self.was_truncated(at, found))
+    }
+
+    /// Its stream is about to notice; then the copy is the run's.
+    fn was_truncated(&self, at: &Path, found: &mut Found) -> bool {
+        let (Some(known), Ok(metadata)) = (self.known, at.metadata()) else { return false };
+        metadata.len() < known.progress.size.max(known.progress.position)
+            && matches!(matches(&mut found.tail, &known.progress), Ok(Match::Whole))
     }
 
     /// A copy that cannot be read yet is in the making.

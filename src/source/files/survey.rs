@@ -93,17 +93,17 @@ fn list(scope: &Scope) -> Listing {
         }
     }
     let mut listing = Listing::new();
+    for (pattern, source) in &scope.rotated {
+        for path in sweep(pattern) {
+            note(&mut listing, path, *source, true);
+        }
+    }
     for (folder, families) in folders {
         for name in names(folder) {
             let is_member = |(base, _): &(&&[u8], &usize)| is_of_family(base, name.as_bytes());
             if let Some((_, source)) = families.iter().find(is_member) {
                 note(&mut listing, folder.join(&name), *source, false);
             }
-        }
-    }
-    for (pattern, source) in &scope.rotated {
-        for path in sweep(pattern) {
-            note(&mut listing, path, *source, true);
         }
     }
     listing

@@ -419,3 +419,48 @@ fn a_file_and_its_archive_are_one() {
         ["a.log is new", "a.log.1 was missed", "a.log.1.gz was missed"]
     );
 }
+
+/// A first line fits many files: the run of which more is known goes first.
+#[test]
+fn archives_go_to_the_runs_that_know_them_best() {
+    let folder = Folder::new();
+    let second = [&b"started\n"[..], &lines("second", 5)].concat();
+    let mut lost = Vec::new();
+    for text in [&b"started\n"[..], &second] {
+        folder.write("a.log", text);
+        lost.push(folder.known("a.log", text, 8));
+        fs::remove_file(folder.path("a.log")).expect("remove");
+    }
+    folder.write("a.log.2.gz", &gzip(b"started\n"));
+    folder.write("a.log.1.gz", &gzip(&second));
+    assert_eq!(
+        folder.decide(&[], &lost, &[]),
+        ["a.log.1.gz continues 1", "a.log.2.gz continues 0"]
+    );
+}
+
+/// What lies at its own home under a rotated name says nothing of another run's home.
+#[test]
+fn runs_with_equal_beginnings_stay_at_their_homes() {
+    let folder = Folder::new();
+    let first = [&b"started\n"[..], &lines("first", 5)].concat();
+    folder.write("a.log", &first);
+    let mut lost = vec![folder.known("a.log", &first, 8)];
+    folder.rename("a.log", "a.log.1");
+    folder.write("a.log", b"started\n");
+    lost.push(folder.known("a.log", b"started\n", 0));
+    assert_eq!(folder.decide(&["a.log"], &lost, &[]), ["a.log continues 1", "a.log.1 continues 0"]);
+}
+
+/// Its stream is about to notice that the file was truncated.
+#[test]
+fn a_copy_of_a_file_that_was_truncated_just_now_waits() {
+    let folder = Folder::new();
+    let text = lines("line", 500);
+    folder.write("a.log", &text);
+    let mut held = folder.known("a.log", &text, 1000);
+    held.progress.size = text.len() as u64;
+    folder.write("a.log.1", &text);
+    File::options().write(true).open(folder.path("a.log")).expect("open").set_len(0).expect("cut");
+    assert_eq!(folder.decide(&["a.log.1"], &[], &[held]), ["a.log.1 is a copy"]);
+}
