@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::time::{Duration, Instant};
 
+use super::files::gzip;
 use super::rotation::{compress, rename};
 use super::support::waybill::{Bench, Process, Random, Receiver};
 
@@ -127,10 +128,16 @@ impl Model {
         self.append();
     }
 
-    /// The oldest generation goes once a sender said that everything was receipted.
+    /// The oldest generation goes once a sender said that everything was receipted. (One that holds
+    /// nothing but a banner cannot be told from the beginning of another one afterwards.)
     fn delete(&mut self) {
         self.once();
-        if let Some((_, name)) = rotated(&self.bench).pop() {
+        let oldest = rotated(&self.bench).pop();
+        let is_banner =
+            |bytes: &[u8]| bytes == BANNER.as_bytes() || bytes == gzip(BANNER.as_bytes());
+        if let Some((_, name)) = oldest
+            && !is_banner(&fs::read(self.bench.path(&name)).expect("read"))
+        {
             fs::remove_file(self.bench.path(&name)).expect("remove");
             self.note(&format!("delete {name}"));
         }

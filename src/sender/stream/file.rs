@@ -35,6 +35,7 @@ impl Stream {
     pub(super) async fn look_at_file(&mut self) -> io::Result<Option<End>> {
         let newest = self.segments.back().expect("a stream has a segment");
         let (frontier, row_day) = (newest.window.frontier(), newest.entry.row.day);
+        let before = newest.before.clone();
         let Some(Origin::File(file)) = self.origin.as_deref_mut() else { return Ok(None) };
         if file.tail.is_compressed() {
             return Ok(None);
@@ -42,6 +43,10 @@ impl Stream {
         let size = file.tail.size()?;
         // A file only shrinks when it is truncated, whatever it holds now.
         if size < frontier.max(self.size_seen.unwrap_or(0)) {
+            return Ok(Some(End::Lost));
+        }
+        // What is seen of another file must not count as this one's.
+        if !file.agrees(frontier, frontier, &before)? {
             return Ok(Some(End::Lost));
         }
         if file.tail.day()? > row_day && size > frontier {

@@ -194,7 +194,11 @@ impl Stream {
     pub async fn run(mut self) -> Ended {
         let end = self.run_to_end().await;
         self.note_progress();
-        let stamp = self.rest_stamp();
+        let stamp = match self.origin.as_deref() {
+            // It is left alone until it changes.
+            Some(Origin::File(file)) if end == End::Failed => file.tail.stamp().ok(),
+            _ => self.rest_stamp(),
+        };
         let front = self.segments.front();
         let position = front.map_or(0, |segment| segment.window.position());
         let frontier = self.segments.back().map_or(0, |segment| segment.window.frontier());

@@ -364,20 +364,13 @@ impl<'a> Original<'a> {
         if is_archive_name(at, &found.path) {
             return self.begins_with(at, found);
         }
+        let Some(known) = self.known else { return false };
+        if !found.is_related(at) || !found.is_rotated_from(at) {
+            return false;
+        }
         // Rotation copies from the plain name to a rotated one, never back. Where the original was
         // there before, no generation can have come from its name since: only copies do.
-        self.known.is_some()
-            && found.is_related(at)
-            && found.is_rotated_from(at)
-            && !has_rotated_name(at)
-            && (self.begins_with(at, found) || self.was_truncated(at, found))
-    }
-
-    /// Its stream is about to notice; then the copy is the run's.
-    fn was_truncated(&self, at: &Path, found: &mut Found) -> bool {
-        let (Some(known), Ok(metadata)) = (self.known, at.metadata()) else { return false };
-        metadata.len() < known.progress.size.max(known.progress.position)
-            && matches!(matches(&mut found.tail, &known.progress), Ok(Match::Whole))
+        (!has_rotated_name(at) && self.begins_with(at, found)) || was_cut_off(known, at, found)
     }
 
     /// A copy that cannot be read yet is in the making.
@@ -385,6 +378,15 @@ impl<'a> Original<'a> {
         let Ok(mut original) = Tail::open(at, true) else { return false };
         begins_with(&mut original, &mut found.tail, 0).unwrap_or(true)
     }
+}
+
+/// Whether the file of a run in hand was truncated, and this is the copy made before: the run's
+/// stream is about to notice, and then goes on in the copy.
+fn was_cut_off(known: &Known, at: &Path, found: &mut Found) -> bool {
+    let Ok(mut original) = Tail::open(at, true) else { return false };
+    let is_whole = |tail: &mut Tail| matches!(matches(tail, &known.progress), Ok(Match::Whole));
+    let is_short = original.size().is_ok_and(|size| size < known.progress.size);
+    (is_short || !is_whole(&mut original)) && is_whole(&mut found.tail)
 }
 
 /// Whether all bytes of `copy` are the first ones of `original`, as far as some from `from` on and
