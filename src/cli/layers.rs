@@ -128,6 +128,7 @@ impl Send {
                     inputs: vec![input],
                     refused: false,
                     mode: None,
+                    rotated: Vec::new(),
                     syslog: syslog.clone(),
                     settings: settings.clone(),
                 })
@@ -225,6 +226,7 @@ mod tests {
         let files = |pattern: &str| TypedInput::Files {
             pattern: pattern.to_owned(),
             name: pattern.to_owned(),
+            literal: pattern.contains('*').then(|| pattern.into()),
         };
         assert_eq!(
             inputs,

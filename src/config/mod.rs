@@ -144,6 +144,10 @@ pub enum Input {
     Files {
         /// As glob(7) has it; `**` crosses folders.
         pattern: String,
+        /// The file whose very name looks like the pattern: it is followed too.
+        literal: Option<PathBuf>,
+        /// Patterns of other places where rotated files lie.
+        rotated: Vec<String>,
     },
     /// Standard input, through the spool.
     Stdin,

@@ -102,7 +102,7 @@ fn bad_senders_say_where_and_what_is_allowed() {
         (
             with_source("  typ = 'nginx'\n"),
             "c.toml:5:3: source.typ: unknown key; allowed here: files, follow_symlinks, format, \
-             http_intake, labels, mode, name, receive_buffer, start, stdin, supervisor_events, syslog_tcp, \
+             http_intake, labels, mode, name, receive_buffer, rotated, start, stdin, supervisor_events, syslog_tcp, \
              syslog_tls, syslog_udp, tags, timezone, tls_cert, tls_key, type, unix_datagram, unix_stream"
                 .to_owned(),
         ),
@@ -298,6 +298,7 @@ fn flags_go_before_the_file() {
         inputs: vec![At { value: file, place }],
         refused: false,
         mode: None,
+        rotated: Vec::new(),
         syslog: SyslogSettings::default(),
         settings: SourceSettings::default(),
     };
@@ -446,17 +447,21 @@ fn secrets_that_everyone_can_read_are_warned_of() {
 }
 
 #[test]
-fn a_file_whose_name_looks_like_a_pattern_is_that_file() {
+fn a_file_whose_name_looks_like_a_pattern_is_that_file_too() {
     let desk = Desk::new();
     desk.write("app[1].log", "x\n");
-    let TypedInput::Files { pattern, name } =
+    desk.write("app1.log", "x\n");
+    let path = desk.dir.path().join("app[1].log");
+    let TypedInput::Files { pattern, name, literal } =
         file_argument("app[1].log".as_ref(), desk.dir.path()).expect("a file")
     else {
         panic!("not files")
     };
+    // Whoever makes such a file does not switch off the others.
     let found: Vec<_> = glob::glob(&pattern).expect("a pattern").flatten().collect();
-    assert_eq!(found, [desk.dir.path().join("app[1].log")]);
-    assert_eq!(name, found[0].display().to_string());
+    assert_eq!(found, [desk.dir.path().join("app1.log")]);
+    assert_eq!(literal.as_ref(), Some(&path));
+    assert_eq!(name, path.display().to_string());
 }
 
 #[test]

@@ -16,7 +16,7 @@ pub fn rename(bench: &Bench, from: &str, to: &str) {
 }
 
 /// As gzip(1) does it: the archive has the file's time, and appears before the file goes.
-fn compress(bench: &Bench, name: &str) {
+pub fn compress(bench: &Bench, name: &str) {
     let text = fs::read(bench.path(name)).expect("read");
     let modified = bench.path(name).metadata().and_then(|m| m.modified()).expect("a time");
     let archive = bench.write(&format!("{name}.gz"), gzip(&text));
@@ -35,7 +35,7 @@ pub fn shift(bench: &Bench) {
     }
 }
 
-fn copytruncate(bench: &Bench) {
+pub fn copytruncate(bench: &Bench) {
     shift(bench);
     fs::copy(bench.path("app.log"), bench.path("app.log.1")).expect("copy");
     File::options()
@@ -45,7 +45,7 @@ fn copytruncate(bench: &Bench) {
         .expect("cut");
 }
 
-fn several(tags: &[&str], count: usize) -> impl Iterator<Item = String> {
+pub fn several(tags: &[&str], count: usize) -> impl Iterator<Item = String> {
     let lines: Vec<String> = tags.iter().flat_map(|tag| numbered(tag, count)).collect();
     lines.into_iter()
 }

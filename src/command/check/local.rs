@@ -52,7 +52,7 @@ pub(super) fn folder(report: &mut Report, check: &str, folder: &Path) -> io::Res
 pub(super) fn source(report: &mut Report, source: &SourceConfig) -> io::Result<()> {
     let name = Some(source.name.as_str());
     match &source.input {
-        Input::Files { pattern } => files(report, source, pattern),
+        Input::Files { pattern, .. } => files(report, source, pattern),
         Input::UnixDatagram { path, .. } => {
             socket(report, name, path)?;
             queue(report, name)
@@ -70,14 +70,11 @@ fn files(report: &mut Report, source: &SourceConfig, pattern: &str) -> io::Resul
     let found = sweep(pattern);
     let mut readable = 0;
     let mut refused = Vec::new();
-    for path in &found {
-        let path = match path {
-            Ok(path) => path.as_path(),
-            Err(error) => {
-                refused.push((error.path(), error.error().to_string()));
-                continue;
-            }
-        };
+    for (folder, error) in &found.unreadable {
+        refused.push((folder.as_path(), error.to_string()));
+    }
+    for path in &found.paths {
+        let path = path.as_path();
         let is_link = fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_symlink());
         if is_link && !source.follow_symlinks {
             let path = escape_path(path);
@@ -104,7 +101,7 @@ fn files(report: &mut Report, source: &SourceConfig, pattern: &str) -> io::Resul
             "{} of {} files cannot be read, such as {}: {error}; let the service's user read \
              them, mostly by their group: usermod -aG GROUP USER",
             refused.len(),
-            found.len(),
+            found.paths.len() + found.unreadable.len(),
             escape_path(path)
         );
         return report.fail(CHECK, name, message);

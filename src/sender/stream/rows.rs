@@ -38,6 +38,7 @@ impl Stream {
             }
             if let Origin::File(file) = &origin {
                 progress.place = place(&file.tail);
+                progress.rest = None;
             }
             if let (Origin::Kept(_), Some(kept)) = (&origin, entry.kept_from) {
                 // The copy lacks what was receipted when it was made, whatever was saved since.
@@ -88,7 +89,10 @@ impl Stream {
             stream.segments.back().is_some_and(|segment| segment.window.end().is_none());
         let kept = matches!(stream.origin.as_deref(), Some(Origin::Kept(_)));
         if newest_is_open || (kept && !stream.segments.is_empty()) {
-            stream.context.state.commit(&changed.iter().collect::<Vec<_>>(), &dropped)?;
+            // A file that goes on as it was costs no write.
+            if !changed.is_empty() || !dropped.is_empty() {
+                stream.context.state.commit(&changed.iter().collect::<Vec<_>>(), &dropped)?;
+            }
             stream.follow_configuration()?;
         } else {
             let start = until
@@ -124,9 +128,9 @@ impl Stream {
                 let size = file.tail.size()?;
                 file.tail.last_boundary(frontier, size.max(frontier))
             }
+            // What is there may have been sent under the old row by a process before this one.
             Some(Origin::Spool { spool, segment }) => {
-                let mark = spool.watermark();
-                Ok(if mark.segment == *segment { mark.offset.max(frontier) } else { frontier })
+                Ok(spool.end_of(*segment).unwrap_or(0).max(frontier))
             }
             _ => Ok(frontier),
         }
@@ -189,6 +193,9 @@ impl Stream {
         };
         let entry = self.attributes.open(opening, link.map(|link| &link.welcome));
         let mut progress = Progress::at_start(&entry.row);
+        if let Origin::File(file) = &*origin {
+            progress.place = place(&file.tail);
+        }
         let segment_before = origin.before(start)?;
         if start > 0 && matches!(origin, Origin::File(_)) {
             progress.advance(fingerprint(start, &segment_before));

@@ -4,7 +4,7 @@ use std::fs::{File, Metadata};
 use std::io::{self, BufReader, Read};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::buffer::spare_capacity;
 use rustix::fs::{Mode, OFlags};
@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use thiserror::Error;
 
 use crate::record::Day;
+use crate::state::Stamp;
 
 /// Why a file is not followed.
 #[derive(Debug, Error)]
@@ -89,6 +90,7 @@ pub struct Tail {
     file: File,
     path: PathBuf,
     inode: Inode,
+    born: u64,
     decoder: Option<Decoder>,
 }
 
@@ -112,7 +114,8 @@ impl Tail {
             return Err(OpenError::NotRegular);
         }
         let decoder = Compression::of(path).map(|kind| Decoder::new(kind, &metadata));
-        Ok(Tail { file, path: path.to_owned(), inode: Inode::of(&metadata), decoder })
+        let inode = Inode::of(&metadata);
+        Ok(Tail { file, path: path.to_owned(), inode, born: born(&metadata), decoder })
     }
 
     /// The path under which it was opened.
@@ -123,6 +126,11 @@ impl Tail {
     /// Its device and inode.
     pub fn inode(&self) -> Inode {
         self.inode
+    }
+
+    /// When its inode was made, in nanoseconds since 1970; 0 where the file system does not tell.
+    pub fn born(&self) -> u64 {
+        self.born
     }
 
     /// Whether its bytes are decompressed.
@@ -205,10 +213,9 @@ impl Tail {
         self.modified().map(Day::of)
     }
 
-    /// Size and time of the last change (seconds and nanoseconds), of the file as it is stored.
-    pub fn stamp(&self) -> io::Result<(u64, (i64, i64))> {
-        let stamp = Stamp::of(&self.file.metadata()?);
-        Ok((stamp.size, (stamp.seconds, stamp.nanoseconds)))
+    /// Size and time of the last change, of the file as it is stored.
+    pub fn stamp(&self) -> io::Result<Stamp> {
+        Ok(Stamp::of(&self.file.metadata()?))
     }
 
     /// The end of the last record that ends with a newline before `end`, not before `floor`.
@@ -228,33 +235,21 @@ impl Tail {
     }
 }
 
+fn born(metadata: &Metadata) -> u64 {
+    let since = metadata.created().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+    since.and_then(|since| u64::try_from(since.as_nanos()).ok()).unwrap_or(0)
+}
+
 impl std::fmt::Debug for Tail {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Tail").field("path", &self.path).field("inode", &self.inode).finish()
     }
 }
 
-/// Size and time of change: a compressed file that changes is another file.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Stamp {
-    size: u64,
-    seconds: i64,
-    nanoseconds: i64,
-}
-
-impl Stamp {
-    fn of(metadata: &Metadata) -> Stamp {
-        Stamp {
-            size: metadata.size(),
-            seconds: metadata.mtime(),
-            nanoseconds: metadata.mtime_nsec(),
-        }
-    }
-}
-
 /// Reads forwards; an offset behind it starts over.
 struct Decoder {
     kind: Compression,
+    /// A compressed file that changes is another file.
     stamp: Stamp,
     stream: Option<Box<dyn Read + Send + Sync>>,
     at: u64,
