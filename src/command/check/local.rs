@@ -10,7 +10,7 @@ use rustix::fs::Access;
 use super::Report;
 use crate::config::{Input, SourceConfig};
 use crate::record::escape_path;
-use crate::source::files::discovery::{has_wildcard, sweep};
+use crate::source::files::discovery::sweep;
 
 /// Fewer datagrams than systemd's default are lost in any burst.
 const DATAGRAMS_MIN: u64 = 512;
@@ -70,9 +70,6 @@ fn files(report: &mut Report, source: &SourceConfig, pattern: &str) -> io::Resul
     let found = sweep(pattern);
     let mut readable = 0;
     let mut refused = Vec::new();
-    for (folder, error) in &found.unreadable {
-        refused.push((folder.as_path(), error.to_string()));
-    }
     for path in &found.paths {
         let path = path.as_path();
         let is_link = fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_symlink());
@@ -101,12 +98,13 @@ fn files(report: &mut Report, source: &SourceConfig, pattern: &str) -> io::Resul
             "{} of {} files cannot be read, such as {}: {error}; let the service's user read \
              them, mostly by their group: usermod -aG GROUP USER",
             refused.len(),
-            found.paths.len() + found.unreadable.len(),
+            found.paths.len(),
             escape_path(path)
         );
         return report.fail(CHECK, name, message);
     }
-    if let Some((folder, error)) = unreadable_folder(pattern) {
+    if let Some((folder, error)) = found.unreadable.first() {
+        let folder = escape_path(folder);
         let message = format!("{folder} cannot be listed: {error}; let the service's user read it");
         return report.fail(CHECK, name, message);
     }
@@ -115,17 +113,6 @@ fn files(report: &mut Report, source: &SourceConfig, pattern: &str) -> io::Resul
         1 => report.ok(CHECK, name, "1 file, readable"),
         count => report.ok(CHECK, name, format!("{count} files, readable")),
     }
-}
-
-/// The folder above the pattern's first wildcard, where it is there and cannot be listed.
-fn unreadable_folder(pattern: &str) -> Option<(String, io::Error)> {
-    let path = Path::new(pattern);
-    let folder = path.ancestors().skip(1).find(|part| !has_wildcard(&part.to_string_lossy()))?;
-    let error = match fs::read_dir(folder) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => error,
-        _ => return None,
-    };
-    Some((escape_path(folder), error))
 }
 
 /// A Unix socket that the service binds, or that is bound already.
