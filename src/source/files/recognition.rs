@@ -162,16 +162,16 @@ pub struct Surroundings<'a> {
 /// rotated ones first, the oldest first, so that none is taken for a copy of its successor later.
 pub fn recognise(mut found: Vec<Found>, around: Surroundings<'_>) -> io::Result<Vec<Decision>> {
     let assigned = assign(&mut found, around);
-    let mut originals: Vec<Original<'_>> = around.held.iter().map(Original::held).collect();
-    originals.sort_by_key(|original| Reverse(original.known.map(Known::evidence)));
+    let mut originals: Vec<Original<'_>> = around.held.iter().filter_map(Original::held).collect();
     let mut decisions = Vec::new();
     let mut rest = Vec::new();
     for (found, assigned) in found.into_iter().zip(assigned) {
         match assigned {
-            Some(Assigned { run, until }) => {
-                originals.push(Original { at: Some(found.path.clone()), known: Some(run) });
+            Some(Assigned::Run { run, until }) => {
+                originals.push(Original { at: found.path.clone(), known: Some(run) });
                 decisions.push(Decision::Continue { run: run.run, found, until });
             }
+            Some(Assigned::Archive) => decisions.push(Decision::Copy { found }),
             None => rest.push((found.tail.modified()?, found)),
         }
     }
@@ -179,14 +179,10 @@ pub fn recognise(mut found: Vec<Found>, around: Surroundings<'_>) -> io::Result<
     rest.sort_by_key(|(modified, found)| (found.tail.is_compressed(), *modified));
     let mut new = Vec::new();
     for (modified, mut found) in rest {
-        if let Some(number) = originals.iter().position(|original| original.has_copy(&mut found)) {
-            // Without a name there is one archive; more of them are generations of their own.
-            if originals[number].at.is_none() {
-                originals.remove(number);
-            }
+        if originals.iter().any(|original| original.has_copy(&mut found)) {
             decisions.push(Decision::Copy { found });
         } else {
-            originals.push(Original { at: Some(found.path.clone()), known: None });
+            originals.push(Original { at: found.path.clone(), known: None });
             new.push((found.is_rotated(), modified, found));
         }
     }
@@ -202,9 +198,13 @@ pub fn recognise(mut found: Vec<Found>, around: Surroundings<'_>) -> io::Result<
 }
 
 #[derive(Clone, Copy)]
-struct Assigned<'a> {
-    run: &'a Known,
-    until: Option<u64>,
+enum Assigned<'a> {
+    Run {
+        run: &'a Known,
+        until: Option<u64>,
+    },
+    /// Of a run in hand whose file is gone.
+    Archive,
 }
 
 /// How a file may be a run's; the better one first.
@@ -225,17 +225,23 @@ struct Pair {
     until: Option<u64>,
 }
 
-/// Pairs files with lost runs.
+/// Pairs files with lost runs, and archives with runs in hand whose file is gone.
 fn assign<'a>(found: &mut [Found], around: Surroundings<'a>) -> Vec<Option<Assigned<'a>>> {
-    let lost = around.lost;
+    let nameless = around.held.iter().filter(|held| held.at.is_none());
+    let runs: Vec<&Known> = around.lost.iter().chain(nameless.map(|held| &held.known)).collect();
     let mut pairs = Vec::new();
-    for (run, known) in lost.iter().enumerate() {
+    for (run, known) in runs.iter().enumerate() {
         // Truncated: whoever took its place has its inode.
         let has_inode = |found: &Found| known.has_inode_of(&found.tail);
         let inode_is_there = found.iter().any(has_inode)
             || around.held.iter().any(|held| held.known.has_inode_of_run(known));
         for (file, found) in found.iter_mut().enumerate() {
-            match fit(found, known, inode_is_there, around.rebooted) {
+            let fit = if run < around.lost.len() {
+                fit(found, known, inode_is_there, around.rebooted)
+            } else {
+                Ok(is_archive_of_gone(found, known).then_some((Fit::Rotated, None)))
+            };
+            match fit {
                 Ok(Some((fit, until))) => pairs.push(Pair { fit, run, file, until }),
                 Ok(None) => {}
                 // An archive that is being written, a disk that fails: looked at again later.
@@ -245,13 +251,20 @@ fn assign<'a>(found: &mut [Found], around: Surroundings<'a>) -> Vec<Option<Assig
             }
         }
     }
+    // An archive beside its plain file is nobody's.
+    let plain = found.iter().map(|found| found.path.clone());
+    let plain: Vec<PathBuf> =
+        plain.chain(around.held.iter().filter_map(|held| held.at.clone())).collect();
+    let is_beside: Vec<bool> =
+        found.iter_mut().map(|found| plain.iter().any(|at| is_archive_of(found, at))).collect();
+    pairs.retain(|pair| pair.fit == Fit::Home || !is_beside[pair.file]);
     let truncated: Vec<bool> =
-        (0..lost.len()).map(|run| was_truncated(found, &lost[run], run, &pairs)).collect();
+        (0..runs.len()).map(|run| was_truncated(found, &runs, run, &pairs)).collect();
     pairs.retain(|pair| pair.fit != Fit::Home || !truncated[pair.run]);
     // An inode that was used again is its last run's. Elsewhere the run goes first of which most
     // bytes are known: a first line fits many files.
     pairs.sort_by_key(|pair| {
-        let known = &lost[pair.run];
+        let known = runs[pair.run];
         let tail = &found[pair.file].tail;
         let newest = (pair.fit == Fit::Home).then_some(Reverse(known.opened));
         let same_device = known.inode().device == tail.inode().device;
@@ -259,11 +272,14 @@ fn assign<'a>(found: &mut [Found], around: Surroundings<'a>) -> Vec<Option<Assig
         (rank, known.opened, tail.is_compressed(), pair.file)
     });
     let mut assigned = vec![None; found.len()];
-    let mut taken = vec![false; lost.len()];
+    let mut taken = vec![false; runs.len()];
     for Pair { run, file, until, .. } in pairs {
         if assigned[file].is_none() && !taken[run] {
             taken[run] = true;
-            assigned[file] = Some(Assigned { run: &lost[run], until });
+            assigned[file] = Some(match around.lost.get(run) {
+                Some(run) => Assigned::Run { run, until },
+                None => Assigned::Archive,
+            });
         }
     }
     assigned
@@ -316,53 +332,67 @@ fn fit(
 }
 
 /// Whether a run's own inode was truncated and holds the same first bytes again: then its copy
-/// under a rotated name, which is no other run's home, holds other bytes behind the position. (A
-/// copy that somebody made of a file that goes on is a beginning of it.)
-fn was_truncated(found: &mut [Found], known: &Known, run: usize, pairs: &[Pair]) -> bool {
+/// under a rotated name, which is no other run's, holds other bytes behind the position. (A copy that somebody made of a file that goes on is a beginning of it.)
+fn was_truncated(found: &mut [Found], runs: &[&Known], run: usize, pairs: &[Pair]) -> bool {
     let is_home = |pair: &&Pair| pair.fit == Fit::Home && pair.run == run;
     let home = pairs.iter().find(is_home).map(|pair| pair.file);
     let Some(home) = home.filter(|home| !found[*home].is_rotated()) else { return false };
-    let is_another_home =
-        |file| pairs.iter().any(|pair| pair.fit == Fit::Home && pair.file == file);
+    let evidence = runs[run].evidence();
+    let is_anothers = |file| {
+        pairs.iter().any(|pair| {
+            pair.file == file
+                && pair.run != run
+                && (pair.fit == Fit::Home || runs[pair.run].evidence() > evidence)
+        })
+    };
     pairs.iter().any(|pair| {
-        if pair.run != run || pair.fit != Fit::Rotated || is_another_home(pair.file) {
+        if pair.run != run || pair.fit != Fit::Rotated || is_anothers(pair.file) {
             return false;
         }
         let Ok([home, copy]) = found.get_disjoint_mut([home, pair.file]) else { return false };
-        let from = known.progress.position;
+        let from = runs[run].progress.position;
         matches!(begins_with(&mut home.tail, &mut copy.tail, from), Ok(false))
     })
 }
 
+/// Whether this is an archive of all that is known of a run whose file is gone.
+fn is_archive_of_gone(found: &mut Found, known: &Known) -> bool {
+    found.tail.is_compressed()
+        && known.progress.prefix.length > 0
+        && found.is_related(&known.path())
+        && matches!(matches(&mut found.tail, &known.progress), Ok(Match::Whole))
+}
+
+/// Whether this is the archive, whole or in the making, of the file at this path.
+fn is_archive_of(found: &mut Found, at: &Path) -> bool {
+    found.tail.is_compressed() && is_archive_name(&found.path, at) && is_beginning(found, at)
+}
+
+/// A copy that cannot be read yet is in the making.
+fn is_beginning(found: &mut Found, at: &Path) -> bool {
+    let Ok(mut original) = Tail::open(at, true) else { return false };
+    begins_with(&mut original, &mut found.tail, 0).unwrap_or(true)
+}
+
 /// A file of which another one may be a copy.
 struct Original<'a> {
-    at: Option<PathBuf>,
+    at: PathBuf,
     /// `None` for one that is new in this sweep.
     known: Option<&'a Known>,
 }
 
 impl<'a> Original<'a> {
-    fn held(held: &'a Held) -> Original<'a> {
-        Original { at: held.at.clone(), known: Some(&held.known) }
+    fn held(held: &'a Held) -> Option<Original<'a>> {
+        Some(Original { at: held.at.clone()?, known: Some(&held.known) })
     }
 
     fn has_copy(&self, found: &mut Found) -> bool {
-        let compressed = found.tail.is_compressed();
-        let Some(at) = &self.at else {
-            // The file is gone: what holds all of it, compressed, is its archive.
-            let archived = |known: &Known| {
-                compressed
-                    && found.is_related(&known.path())
-                    && known.progress.prefix.length > 0
-                    && matches!(matches(&mut found.tail, &known.progress), Ok(Match::Whole))
-            };
-            return self.known.is_some_and(archived);
-        };
-        if compressed {
-            return is_archive_name(&found.path, at) && self.begins_with(at, found);
+        let at = &self.at;
+        if found.tail.is_compressed() {
+            return is_archive_of(found, at);
         }
         if is_archive_name(at, &found.path) {
-            return self.begins_with(at, found);
+            return is_beginning(found, at);
         }
         let Some(known) = self.known else { return false };
         if !found.is_related(at) || !found.is_rotated_from(at) {
@@ -370,13 +400,7 @@ impl<'a> Original<'a> {
         }
         // Rotation copies from the plain name to a rotated one, never back. Where the original was
         // there before, no generation can have come from its name since: only copies do.
-        (!has_rotated_name(at) && self.begins_with(at, found)) || was_cut_off(known, at, found)
-    }
-
-    /// A copy that cannot be read yet is in the making.
-    fn begins_with(&self, at: &Path, found: &mut Found) -> bool {
-        let Ok(mut original) = Tail::open(at, true) else { return false };
-        begins_with(&mut original, &mut found.tail, 0).unwrap_or(true)
+        (!has_rotated_name(at) && is_beginning(found, at)) || was_cut_off(known, at, found)
     }
 }
 

@@ -429,7 +429,7 @@ fn archives_go_to_the_runs_that_know_them_best() {
     for text in [&b"started\n"[..], &second] {
         folder.write("a.log", text);
         lost.push(folder.known("a.log", text, 8));
-        fs::remove_file(folder.path("a.log")).expect("remove");
+        folder.rename("a.log", &format!("gone{}", lost.len()));
     }
     folder.write("a.log.2.gz", &gzip(b"started\n"));
     folder.write("a.log.1.gz", &gzip(&second));
@@ -463,4 +463,21 @@ fn a_copy_of_a_file_that_was_truncated_just_now_waits() {
     folder.write("a.log.1", &text);
     File::options().write(true).open(folder.path("a.log")).expect("open").set_len(0).expect("cut");
     assert_eq!(folder.decide(&["a.log.1"], &[], &[held]), ["a.log.1 is a copy"]);
+}
+
+/// The archive of a run whose last lines are sent from a copy says nothing of another one.
+#[test]
+fn an_archive_of_a_run_in_hand_is_not_another_ones() {
+    let folder = Folder::new();
+    let first = [&b"started\n"[..], &lines("first", 5)].concat();
+    folder.write("a.log", &first);
+    let held = [folder.known("a.log", &first, 0)];
+    folder.rename("a.log", "gone");
+    folder.write("a.log.1.gz", &gzip(&first));
+    folder.write("a.log", b"started\n");
+    let lost = [folder.known("a.log", b"started\n", 0)];
+    assert_eq!(
+        folder.decide(&["a.log"], &lost, &held),
+        ["a.log continues 0", "a.log.1.gz is a copy"]
+    );
 }
