@@ -13,7 +13,8 @@
 //! 5. Whatever is left is a run from its first byte: doubt costs duplicates, never lines. Only at a
 //!    source's first run are rotated files passed over; that is durable before anything is followed.
 //!
-//! No clock decides what is sent (times only order what bytes leave open), and no decision depends on which others of the same sweep became durable.
+//! No clock decides what is sent (times only order what bytes leave open), and no decision depends
+//! on which others of the same sweep became durable.
 
 use std::cmp::Reverse;
 use std::io;
