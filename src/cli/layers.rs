@@ -104,6 +104,8 @@ impl Send {
             to: flags("--to", self.to),
             token_file: flag("--token-file", self.token_file.map(|path| base.join(path))),
             ca: flag("--ca", self.ca.map(|path| base.join(path))),
+            cert: flag("--cert", self.cert.map(|path| base.join(path))),
+            key: flag("--key", self.key.map(|path| base.join(path))),
             state_dir: flag("--state-dir", self.state_dir.map(|path| base.join(path))),
             sources: inputs
                 .into_iter()
@@ -156,6 +158,8 @@ impl Receive {
             listen: flag("--listen", listen),
             tls_cert: flag("--tls-cert", self.tls_cert.map(|path| base.join(path))),
             tls_key: flag("--tls-key", self.tls_key.map(|path| base.join(path))),
+            client_ca: flag("--client-ca", self.client_ca.map(|path| base.join(path))),
+            trust_client_headers: switch("--trust-client-headers", self.trust_client_headers),
             tokens: flag("--tokens", self.tokens.map(|path| base.join(path))),
             elasticsearch: ElasticsearchLayer {
                 dead_letter_index: flag("--dead-letter-index", self.dead_letter_index),
@@ -254,7 +258,8 @@ mod tests {
                 let secret = ["token", "password", "key", "secret", "user"]
                     .iter()
                     .any(|word| name.contains(word));
-                let path = ["file", "tokens", "tls-key"].iter().any(|word| name.contains(word));
+                let path = ["file", "tokens", "tls-key"].iter().any(|word| name.contains(word))
+                    || name == "key";
                 assert!(!secret || path, "--{name} of {}", command.get_name());
             }
         }

@@ -108,6 +108,12 @@ pub struct Send {
     /// PEM file of the authorities to trust instead of this machine's own
     #[arg(long, value_name = "PEM", help_heading = "Receiver")]
     pub ca: Option<PathBuf>,
+    /// PEM file with the client certificate to present, chain included; read anew at each connection
+    #[arg(long, value_name = "PEM", help_heading = "Receiver")]
+    pub cert: Option<PathBuf>,
+    /// PEM file with its key
+    #[arg(long, value_name = "PEM", help_heading = "Receiver")]
+    pub key: Option<PathBuf>,
     /// Compress frames with zstd where the receiver can: saves traffic, costs processor time
     #[arg(long, help_heading = "Receiver")]
     pub compress: bool,
@@ -166,7 +172,8 @@ pub struct Send {
     #[arg(long, value_name = "ZONE", value_parser = value::timezone, help_heading = "Lines")]
     pub timezone: Option<String>,
 
-    /// Send what is there now, wait for every receipt, and end: 1 if a line was parked or failed
+    /// Send what is there now, wait for every receipt, and end: 1 if a line was parked or failed;
+    /// for files and '-' only
     #[arg(long, help_heading = "Running")]
     pub once: bool,
     /// Write one JSON line per line sent to this file, or to standard output with '-'
@@ -254,6 +261,14 @@ pub struct Receive {
     /// PEM file with its key
     #[arg(long, value_name = "PEM", help_heading = "TLS")]
     pub tls_key: Option<PathBuf>,
+    /// PEM file of the authorities whose client certificates are taken; entries of the tokens file
+    /// may ask for one
+    #[arg(long, value_name = "PEM", help_heading = "TLS")]
+    pub client_ca: Option<PathBuf>,
+    /// Believe what the proxy says of client certificates in X-Client-Verify and
+    /// X-Client-Certificate; with --listen unix:PATH only
+    #[arg(long, help_heading = "TLS")]
+    pub trust_client_headers: bool,
     /// DANGER: take plain ws:// from other machines; tokens and lines can be read on the way
     #[arg(long, help_heading = "TLS")]
     pub insecure_plaintext: bool,
@@ -298,6 +313,7 @@ A running receiver notices the change by itself; a revoked token ends its live c
 Examples:
   waybill token web-1 --tokens /etc/waybill/tokens.toml > token
   waybill token web-1 --tokens /etc/waybill/tokens.toml --types nginx,syslog --expires 365d
+  waybill token web-1 --tokens /etc/waybill/tokens.toml --certificate web-1.pem > token
   waybill token web-1 --tokens /etc/waybill/tokens.toml --rotate > token
   waybill token web-1 --tokens /etc/waybill/tokens.toml --revoke
   waybill token --tokens /etc/waybill/tokens.toml --list")]
@@ -311,6 +327,10 @@ pub struct Token {
     /// Types that its lines may have, with commas [default: default,nginx,syslog,supervisor,app]
     #[arg(long, value_name = "TYPE,…", value_delimiter = ',', value_parser = value::type_name)]
     pub types: Vec<TypeName>,
+    /// PEM file of a client certificate that must come with the token; may be repeated, so that one
+    /// can follow another
+    #[arg(long, value_name = "PEM")]
+    pub certificate: Vec<PathBuf>,
     /// When it stops working: from now on, such as 90d
     #[arg(long, value_name = "TIME", value_parser = value::duration)]
     pub expires: Option<Duration>,
@@ -318,10 +338,10 @@ pub struct Token {
     #[arg(long, conflicts_with_all = ["revoke", "list"])]
     pub rotate: bool,
     /// Let nobody in with this name's token any more
-    #[arg(long, conflicts_with_all = ["list", "types", "expires"])]
+    #[arg(long, conflicts_with_all = ["list", "types", "certificate", "expires"])]
     pub revoke: bool,
     /// Show names, types and ends
-    #[arg(long, conflicts_with_all = ["name", "types", "expires"])]
+    #[arg(long, conflicts_with_all = ["name", "types", "certificate", "expires"])]
     pub list: bool,
 }
 

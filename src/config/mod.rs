@@ -53,6 +53,8 @@ pub struct SendConfig {
     pub token_file: PathBuf,
     /// PEM file of the authorities to trust instead of the machine's own.
     pub ca: Option<PathBuf>,
+    /// Client certificate to present; read anew at each connection.
+    pub identity: Option<Identity>,
     /// Where the durable state lies.
     pub state_dir: PathBuf,
     /// What is read.
@@ -141,7 +143,7 @@ pub enum Input {
         /// Where it listens.
         address: SocketAddr,
         /// Its certificate; `None` means plain TCP.
-        tls: Option<ServerTls>,
+        tls: Option<Identity>,
     },
 }
 
@@ -199,7 +201,11 @@ pub struct ReceiveConfig {
     /// Where it listens.
     pub listen: Listen,
     /// Certificate chain and key, both PEM; `None` means plain WebSocket.
-    pub tls: Option<ServerTls>,
+    pub tls: Option<Identity>,
+    /// PEM file of the authorities whose client certificates are taken (with `tls`).
+    pub client_ca: Option<PathBuf>,
+    /// Believe what the proxy before a Unix socket says of client certificates.
+    pub trust_client_headers: bool,
     /// The tokens file; read anew whenever it changes.
     pub tokens: PathBuf,
     /// Where documents go.
@@ -227,10 +233,10 @@ pub enum Listen {
     Unix(PathBuf),
 }
 
-/// A server's certificate and key.
+/// What one side shows of itself over TLS.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct ServerTls {
-    /// PEM file with the chain.
+pub struct Identity {
+    /// PEM file with the certificate chain, its own first.
     pub certificate: PathBuf,
     /// PEM file with the key.
     pub key: PathBuf,

@@ -12,7 +12,7 @@ use super::source::either;
 use super::value;
 use super::{
     DestinationConfig, ElasticsearchAuth, ElasticsearchConfig, EmbeddedConfig, Environment, Listen,
-    Loaded, ReceiveConfig, ServerTls,
+    Loaded, ReceiveConfig,
 };
 use crate::protocol::FRAME_BYTES_MAX;
 use crate::record::IndexRule;
@@ -45,6 +45,10 @@ pub struct ReceiveLayer {
     pub tls_cert: Option<At<PathBuf>>,
     /// `--tls-key`, `tls_key`.
     pub tls_key: Option<At<PathBuf>>,
+    /// `--client-ca`, `client_ca`.
+    pub client_ca: Option<At<PathBuf>>,
+    /// `--trust-client-headers`, `trust_client_headers`.
+    pub trust_client_headers: Option<At<bool>>,
     /// `--tokens`, `tokens`.
     pub tokens: Option<At<PathBuf>>,
     /// `--elasticsearch` and its companions, `[elasticsearch]`.
@@ -115,6 +119,8 @@ impl ReceiveLayer {
             listen: self.listen.or(under.listen),
             tls_cert: self.tls_cert.or(under.tls_cert),
             tls_key: self.tls_key.or(under.tls_key),
+            client_ca: self.client_ca.or(under.client_ca),
+            trust_client_headers: self.trust_client_headers.or(under.trust_client_headers),
             tokens: self.tokens.or(under.tokens),
             elasticsearch: self.elasticsearch.over(under.elasticsearch),
             store: StoreLayer {
@@ -142,6 +148,8 @@ impl ReceiveLayer {
                 .map(|at| at.map(|listen| absolute_listen(listen, &base))),
             tls_cert: table.path("tls_cert"),
             tls_key: table.path("tls_key"),
+            client_ca: table.path("client_ca"),
+            trust_client_headers: table.boolean("trust_client_headers"),
             tokens: table.path("tokens"),
             elasticsearch: table
                 .table("elasticsearch", "elasticsearch.", ElasticsearchLayer::read)
@@ -227,9 +235,24 @@ fn check(
     environment: &Environment,
 ) -> Result<Loaded<ReceiveConfig>, ConfigError> {
     let log = layer.log.check();
-    let tls = check_tls(layer.tls_cert, layer.tls_key, &mut findings);
+    let names = ("--tls-cert FILE (tls_cert)", "--tls-key FILE (tls_key)");
+    let tls = check::identity(layer.tls_cert, layer.tls_key, names, &mut findings);
     let plain_allowed = layer.insecure_plaintext.as_ref().is_some_and(|at| at.value);
     let listen = check_listen(layer.listen, tls.is_some(), plain_allowed, &mut findings);
+    if let Some(at) = &layer.client_ca {
+        check::pem_file(at, "CERTIFICATE", &mut findings);
+        if tls.is_none() {
+            let message = "client certificates come with TLS: give --tls-cert and --tls-key too \
+                           (tls_cert, tls_key)";
+            findings.problem(&at.place, message);
+        }
+    }
+    let trust_client_headers = layer.trust_client_headers.filter(|at| at.value);
+    if let (Some(at), Some(Listen::Tcp(_))) = (&trust_client_headers, &listen) {
+        let message = "anybody who reaches a TCP address could forge these headers: let the proxy \
+                       connect to a Unix socket (listen = \"unix:PATH\")";
+        findings.problem(&at.place, message);
+    }
     match &layer.tokens {
         Some(at) if !at.value.exists() => {
             let path = at.value.display();
@@ -259,6 +282,8 @@ fn check(
     let config = listen.zip(destination).map(|(listen, destination)| ReceiveConfig {
         listen,
         tls,
+        client_ca: layer.client_ca.map(|at| at.value),
+        trust_client_headers: trust_client_headers.is_some(),
         // A missing one was found above, so that this configuration never leaves `finish`.
         tokens: layer.tokens.map(|at| at.value).unwrap_or_default(),
         destination,
@@ -271,35 +296,6 @@ fn check(
     });
     let (config, warnings) = findings.finish(config)?;
     Ok(Loaded { config, log, warnings })
-}
-
-fn check_tls(
-    certificate: Option<At<PathBuf>>,
-    key: Option<At<PathBuf>>,
-    findings: &mut Findings,
-) -> Option<ServerTls> {
-    match (certificate, key) {
-        (Some(certificate), Some(key)) => {
-            check::pem_file(&certificate, "CERTIFICATE", findings);
-            check::key_file(&key, findings);
-            Some(ServerTls { certificate: certificate.value, key: key.value })
-        }
-        (Some(certificate), None) => {
-            findings.problem(
-                &certificate.place,
-                "a certificate needs its key: give --tls-key FILE (tls_key)",
-            );
-            None
-        }
-        (None, Some(key)) => {
-            findings.problem(
-                &key.place,
-                "a key needs its certificate: give --tls-cert FILE (tls_cert)",
-            );
-            None
-        }
-        (None, None) => None,
-    }
 }
 
 fn check_listen(

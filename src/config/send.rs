@@ -32,6 +32,10 @@ pub struct SendLayer {
     pub token_file: Option<At<PathBuf>>,
     /// `--ca`, `ca`.
     pub ca: Option<At<PathBuf>>,
+    /// `--cert`, `cert`.
+    pub cert: Option<At<PathBuf>>,
+    /// `--key`, `key`.
+    pub key: Option<At<PathBuf>>,
     /// `--state-dir`, `state_dir`.
     pub state_dir: Option<At<PathBuf>>,
     /// Files and sockets, `[[source]]`.
@@ -64,6 +68,8 @@ impl SendLayer {
             to: source::either(self.to, under.to),
             token_file: self.token_file.or(under.token_file),
             ca: self.ca.or(under.ca),
+            cert: self.cert.or(under.cert),
+            key: self.key.or(under.key),
             state_dir: self.state_dir.or(under.state_dir),
             sources: source::either(self.sources, under.sources),
             once: self.once || under.once,
@@ -83,6 +89,8 @@ impl SendLayer {
             to: table.list("to", value::endpoint),
             token_file: table.path("token_file"),
             ca: table.path("ca"),
+            cert: table.path("cert"),
+            key: table.path("key"),
             state_dir: table.path("state_dir"),
             sources: table.tables("source", "source.", SourceLayer::read),
             once: false,
@@ -147,6 +155,12 @@ fn check(
     if let Some(ca) = &layer.ca {
         check::pem_file(ca, "CERTIFICATE", &mut findings);
     }
+    if let Some(at) = layer.cert.as_ref().filter(|_| !layer.to.iter().any(|to| to.value.tls)) {
+        findings
+            .problem(&at.place, "a certificate is shown over wss:// only, and no receiver has it");
+    }
+    let names = ("--cert FILE (cert)", "--key FILE (key)");
+    let identity = check::identity(layer.cert, layer.key, names, &mut findings);
     if let Some(at) = layer.spool_bytes_max.as_ref().filter(|at| at.value < SPOOL_BYTES_MIN) {
         findings.problem(&at.place, "must be at least 4MiB, to hold a few of the longest lines");
     }
@@ -167,6 +181,7 @@ fn check(
         // A missing one was found above, so that this configuration never leaves `finish`.
         token_file: layer.token_file.map(|at| at.value).unwrap_or_default(),
         ca: layer.ca.map(|at| at.value),
+        identity,
         state_dir,
         sources,
         once: layer.once,

@@ -351,7 +351,7 @@ impl Connection {
     }
 
     /// A token that was revoked, replaced or has expired ends its connections; one whose entry
-    /// says something else now makes its sender connect again.
+    /// says something else now makes its sender connect again, which decides about the rest.
     fn check_token(&self) -> Result<(), End> {
         let tokens = Arc::clone(&self.receiver.tokens.borrow());
         match tokens.find(&self.accepted.hash, Timestamp::now()) {
@@ -359,7 +359,10 @@ impl Connection {
                 let reason = "the token was revoked, replaced or has expired";
                 Err(End::Ours { code: close::POLICY, reason })
             }
-            Some(entry) if Sender::of(entry) != self.accepted.sender => {
+            Some(entry)
+                if Sender::of(entry) != self.accepted.sender
+                    || !entry.accepts(self.accepted.certificate.as_ref()) =>
+            {
                 let reason = "the entry of this token changed: connect again";
                 Err(End::Ours { code: close::RESTART, reason })
             }

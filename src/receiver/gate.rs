@@ -13,6 +13,7 @@ use super::session::Sender;
 use super::tokens::{self, Entry, TokenHash};
 use crate::protocol::SUBPROTOCOL;
 use crate::record::SenderId;
+use crate::tls::{self, Fingerprint};
 use crate::transport::{Answer, Peer, Refuse, Request};
 
 /// How many connections one sender may have.
@@ -29,6 +30,8 @@ const INSTANCES_WITHIN: Duration = Duration::from_secs(600);
 pub struct Accepted {
     pub(super) sender: Sender,
     pub(super) hash: TokenHash,
+    /// The client certificate that came with it.
+    pub(super) certificate: Option<Fingerprint>,
     pub(super) peer: Peer,
     /// Held while the connection lives.
     pub(super) _slot: Slot,
@@ -79,8 +82,23 @@ fn admit(receiver: &Receiver, request: &Request) -> Result<Accepted, Refuse> {
     if request.has_header("origin") {
         return Err(Refuse::new(403, "requests of web pages are refused (header Origin)\n"));
     }
-    let (sender, hash) = authenticate(receiver, request)
-        .ok_or_else(|| Refuse::new(401, "the token is missing, unknown, expired or revoked\n"))?;
+    let hash = token_hash(request);
+    let tokens = Arc::clone(&receiver.tokens.borrow());
+    let (hash, entry) =
+        hash.and_then(|hash| Some((hash, tokens.find(&hash, Timestamp::now())?))).ok_or_else(
+            || Refuse::new(401, "the token is missing, unknown, expired or revoked\n"),
+        )?;
+    let certificate = certificate(receiver, request);
+    if !entry.accepts(certificate.as_ref()) {
+        return Err(Refuse::new(
+            403,
+            match certificate {
+                None => "this token needs its client certificate, and none was shown\n",
+                Some(_) => "this token needs another client certificate than the one shown\n",
+            },
+        ));
+    }
+    let sender = Sender::of(entry);
     if !request.offers(SUBPROTOCOL) {
         return Err(Refuse::new(400, format!("the subprotocol spoken here is {SUBPROTOCOL}\n")));
     }
@@ -88,17 +106,31 @@ fn admit(receiver: &Receiver, request: &Request) -> Result<Accepted, Refuse> {
         let text = format!("this sender has {CONNECTIONS_MAX} connections open already\n");
         Refuse { retry_after: Some(RETRY_AFTER), ..Refuse::new(429, text) }
     })?;
-    Ok(Accepted { sender, hash, peer: request.peer(), _slot: slot })
+    Ok(Accepted { sender, hash, certificate, peer: request.peer(), _slot: slot })
 }
 
-fn authenticate(receiver: &Receiver, request: &Request) -> Option<(Sender, TokenHash)> {
+fn token_hash(request: &Request) -> Option<TokenHash> {
     let (scheme, token) = request.header("authorization")?.split_once(' ')?;
     if !scheme.eq_ignore_ascii_case("bearer") {
         return None;
     }
-    let hash = tokens::hash(token.trim());
-    let tokens = Arc::clone(&receiver.tokens.borrow());
-    tokens.find(&hash, Timestamp::now()).map(|entry| (Sender::of(entry), hash))
+    Some(tokens::hash(token.trim()))
+}
+
+/// The client certificate that our own TLS verified; else the one of which a proxy says that it
+/// did. Over TCP anybody could say so, hence a proxy is heard over a Unix socket only.
+fn certificate(receiver: &Receiver, request: &Request) -> Option<Fingerprint> {
+    if let Some(own) = request.certificate() {
+        return Some(tls::fingerprint(own));
+    }
+    let is_heard = receiver.trust_client_headers && request.peer() == Peer::Unix;
+    if !is_heard || request.header("x-client-verify") != Some("SUCCESS") {
+        return None;
+    }
+    // nginx's $ssl_client_escaped_cert: PEM, percent-encoded.
+    let escaped = request.header("x-client-certificate")?;
+    let pem: Vec<u8> = percent_encoding::percent_decode_str(escaped).collect();
+    tls::fingerprint_of_pem(&pem)
 }
 
 /// Open connections per sender.

@@ -18,7 +18,7 @@ use crate::backoff::Backoff;
 use crate::config::{Endpoint, SendConfig};
 use crate::protocol::{Control, Hello, Receipt, Refused, SUBPROTOCOL, VERSION, Welcome};
 use crate::record::escape_path;
-use crate::tls::ClientConfig;
+use crate::tls::{ClientConfig, TlsError, client_config};
 use crate::transport::{
     Beat, ConnectError, Heartbeat, Incoming, Outgoing, SocketReceiver, SocketSender, close, connect,
 };
@@ -167,6 +167,9 @@ pub enum LinkError {
         /// From the operating system.
         source: std::io::Error,
     },
+    /// The CA file, the client certificate or its key cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// No connection.
     #[error(transparent)]
     Connect(#[from] ConnectError),
@@ -179,13 +182,13 @@ impl LinkError {
     /// Whether trying again is of no use before a person mends something.
     fn needs_a_person(&self) -> bool {
         match self {
-            LinkError::TokenFile { .. } => true,
+            LinkError::TokenFile { .. } | LinkError::Tls(_) => true,
             LinkError::Connect(error) => matches!(
                 error,
                 ConnectError::Token
                     | ConnectError::Endpoint { .. }
                     | ConnectError::Tls { .. }
-                    | ConnectError::Refused { status: 401 | 403, .. }
+                    | ConnectError::Refused { status: 400 | 401 | 403, .. }
                     | ConnectError::Redirected { .. }
                     | ConnectError::Subprotocol { .. }
             ),
@@ -211,8 +214,6 @@ impl LinkError {
 pub struct Dialler {
     /// What to dial, and how.
     pub config: Arc<SendConfig>,
-    /// TLS for `wss://` endpoints.
-    pub tls: Option<Arc<ClientConfig>>,
     /// Identity of the state directory.
     pub instance: Uuid,
     /// Where links are published.
@@ -302,7 +303,10 @@ impl Dialler {
         let token = tokio::fs::read_to_string(path)
             .await
             .map_err(|source| LinkError::TokenFile { path: escape_path(path), source })?;
-        let tls = self.tls.clone().filter(|_| endpoint.tls);
+        let tls = match endpoint.tls {
+            true => Some(self.tls().await?),
+            false => None,
+        };
         let socket = connect(endpoint, tls, token.trim(), SUBPROTOCOL, CONNECT_TIMEOUT).await?;
         let heartbeat = socket.heartbeat();
         let mut halves = socket.split();
@@ -317,6 +321,14 @@ impl Dialler {
             Ok(Err(reason)) => Err(LinkError::Greeting(reason)),
             Err(_) => Err(LinkError::Greeting("the receiver did not answer hello".to_owned())),
         }
+    }
+
+    /// Reads the authorities and the client certificate, which may have been renewed.
+    async fn tls(&self) -> Result<Arc<ClientConfig>, LinkError> {
+        let config = self.config.clone();
+        let read = move || client_config(config.ca.as_deref(), config.identity.as_ref());
+        let read = tokio::task::spawn_blocking(read).await;
+        Ok(read.map_err(|error| LinkError::Greeting(error.to_string()))??)
     }
 
     /// Serves one connection until it ends.

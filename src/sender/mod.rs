@@ -54,7 +54,7 @@ pub enum SendError {
     /// The state directory cannot be used.
     #[error(transparent)]
     State(#[from] StateError),
-    /// The CA file cannot be used.
+    /// The CA file, the certificate or its key cannot be used.
     #[error(transparent)]
     Tls(#[from] TlsError),
     /// A source cannot be opened.
@@ -196,10 +196,10 @@ pub async fn run(config: SendConfig, shutdown: Shutdown) -> Result<Summary, Send
     if state.was_cloned() {
         warn!("this state directory comes from another machine: new rows opened at its positions");
     }
-    let tls = match config.to.iter().any(|endpoint| endpoint.tls) {
-        true => Some(client_config(config.ca.as_deref())?),
-        false => None,
-    };
+    if config.to.iter().any(|endpoint| endpoint.tls) {
+        // Each connection reads the files anew; what is wrong with them now is said now.
+        client_config(config.ca.as_deref(), config.identity.as_ref())?;
+    }
     let (receipts, receipts_thread) = match &config.receipts {
         Some(target) => {
             let (receipts, thread) = Receipts::open(target)
@@ -242,7 +242,6 @@ pub async fn run(config: SendConfig, shutdown: Shutdown) -> Result<Summary, Send
     });
     let dialler = Dialler {
         config: config.clone(),
-        tls,
         instance: state.instance(),
         links: links_sender,
         wanted,
