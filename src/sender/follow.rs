@@ -15,15 +15,19 @@ use tracing::{error, info, warn};
 use uuid::{NoContext, Timestamp, Uuid};
 
 use super::Context;
+use super::clock::Clock;
 use super::kept::{self, Kept};
 use super::link::Mailbox;
 use super::origin::Origin;
 use super::rows::Attributes;
+use super::settling::Settling;
 use super::stream::{End, Ended, Flags, Parts, Stream, file_origin};
 use crate::config::{Input, Start};
 use crate::record::{Framing, escape_path};
 use crate::source::files::discovery::{Hints, SWEEP_INTERVAL, has_wildcard, sweep};
-use crate::source::files::recognition::{Decision, Found, Known, Surroundings, recognise};
+use crate::source::files::recognition::{
+    Decision, Found, Known, SETTLED_AFTER, Surroundings, recognise,
+};
 use crate::source::files::siblings::is_rotated_name;
 use crate::source::files::tail::{Inode, OpenError, Tail};
 use crate::state::{Entry, Progress};
@@ -47,6 +51,7 @@ pub struct Follower {
     /// Those of them that the current sweep met as they were left.
     at_rest: HashSet<Uuid>,
     copies: HashMap<Inode, (Stamp, Instant)>,
+    settling: Settling,
     complaints: HashMap<PathBuf, String>,
     /// Ranges of runs whose file was lost: reported unless they turn up in the next sweep.
     missing: HashMap<Uuid, Ended>,
@@ -56,6 +61,7 @@ pub struct Follower {
     runs: HashMap<tokio::task::Id, Uuid>,
     /// When rows learnt last that their files are there.
     seen_at: Option<Instant>,
+    clock: Clock,
     /// No sweep is over yet.
     first: bool,
     failed: bool,
@@ -94,13 +100,14 @@ struct Seen {
 
 /// What stat(2) says of a file that matters here.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Stamp {
+pub struct Stamp {
     size: u64,
     modified: (i64, i64),
 }
 
 impl Stamp {
-    fn of(metadata: &Metadata) -> Stamp {
+    /// Of a file's metadata.
+    pub fn of(metadata: &Metadata) -> Stamp {
         Stamp { size: metadata.size(), modified: (metadata.mtime(), metadata.mtime_nsec()) }
     }
 }
@@ -122,12 +129,14 @@ impl Follower {
             resting: HashMap::new(),
             at_rest: HashSet::new(),
             copies: HashMap::new(),
+            settling: Settling::default(),
             complaints: HashMap::new(),
             missing: HashMap::new(),
             kept: HashSet::new(),
             tasks: JoinSet::new(),
             runs: HashMap::new(),
             seen_at: None,
+            clock: Clock::new(newest_time(&context)),
             first: true,
             failed: false,
             context,
@@ -203,6 +212,7 @@ impl Follower {
     /// Looks at all patterns and all followed files; returns how many streams it started.
     fn sweep(&mut self, hints: &mut Hints, patient: bool) -> usize {
         let started = SystemTime::now();
+        let back_to = self.clock.back_to();
         self.at_rest.clear();
         let mut seen = Seen {
             held: self.streams.iter().map(|(run, held)| (held.inode, *run)).collect(),
@@ -223,7 +233,18 @@ impl Follower {
             }
         }
         self.look_at_held(&seen.paths);
-        let found = seen.found;
+        let mut found = seen.found;
+        for (path, source) in
+            self.settling.take(if patient { SETTLED_AFTER } else { Duration::ZERO })
+        {
+            if let Ok(tail) = Tail::open(&path, false)
+                && !seen.held.contains_key(&tail.inode())
+            {
+                // It was younger than its relatives when it was first seen; they have younger ones
+                // among them by now.
+                found.push(Found { tail, source, wanted: true });
+            }
+        }
         // A file that gets shorter while we look was truncated.
         let rebooted = std::mem::take(&mut self.first) && self.context.state.rebooted();
         let mut streams = 0;
@@ -232,7 +253,7 @@ impl Follower {
                 self.known().into_iter().partition(|known| self.is_held(known));
             let held: Vec<Known> =
                 held.into_iter().map(|known| self.without_stale_place(known)).collect();
-            let around = Surroundings { lost: &lost, held: &held, patient, rebooted };
+            let around = Surroundings { lost: &lost, held: &held, patient, rebooted, back_to };
             match recognise(found, around) {
                 Ok(decisions) => streams = self.carry_out(decisions, started),
                 Err(error) => {
@@ -358,7 +379,10 @@ impl Follower {
     /// What the state knows of the runs of files.
     fn known(&self) -> Vec<Known> {
         let mut runs: HashMap<Uuid, Known> = HashMap::new();
-        for (entry, progress) in self.context.state.entries() {
+        let mut entries = self.context.state.entries();
+        // Not by their ids, which are as old as the clock says.
+        entries.sort_by_key(|(entry, _)| (entry.row.start, entry.row.segment));
+        for (entry, progress) in entries {
             if !matches!(entry.row.framing, Framing::Lines { .. }) {
                 continue;
             }
@@ -398,6 +422,9 @@ impl Follower {
                     (found, mint_run(swept_at), None, start)
                 }
                 Decision::Copy { found } => {
+                    if !found.wanted {
+                        self.settling.add(found.tail.path().to_owned(), found.source);
+                    }
                     if let Ok(metadata) = fs::metadata(found.tail.path()) {
                         let seen = (Stamp::of(&metadata), Instant::now());
                         self.copies.insert(found.tail.inode(), seen);
@@ -533,6 +560,16 @@ impl Follower {
             }
         }
     }
+}
+
+/// The latest time at which the state has found or seen a file.
+fn newest_time(context: &Context) -> SystemTime {
+    let times = context.state.entries().into_iter().map(|(entry, progress)| {
+        let found = entry.run.get_timestamp().map_or((0, 0), |time| time.to_unix());
+        let seen = UNIX_EPOCH + Duration::from_millis(progress.seen_ms);
+        seen.max(UNIX_EPOCH + Duration::new(found.0, found.1))
+    });
+    times.max().unwrap_or(UNIX_EPOCH)
 }
 
 /// The identity of a file that was found by a sweep which began at this time: what changes later

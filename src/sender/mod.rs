@@ -3,12 +3,14 @@
 //! `waybill send` calls [`run`]. Each stream is a task of its own ([`stream`]); they share one
 //! connection ([`link`]) and one durable state. Only a receipt moves a position.
 
+mod clock;
 mod follow;
 mod kept;
 mod link;
 mod origin;
 mod receipts;
 mod rows;
+mod settling;
 mod spools;
 mod stream;
 mod window;

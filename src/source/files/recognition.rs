@@ -19,7 +19,7 @@ use crate::state::Progress;
 
 /// A file that changed within this time may still be on its way to be what it will be: a copy
 /// that is being made looks like a short file of its own.
-const SETTLED_AFTER: Duration = Duration::from_secs(60);
+pub const SETTLED_AFTER: Duration = Duration::from_secs(60);
 
 /// How often siblings are listed anew where they move meanwhile, before it is left to the next
 /// sweep.
@@ -70,7 +70,8 @@ pub struct Found {
     pub tail: Tail,
     /// Number of its source in the configuration.
     pub source: usize,
-    /// The source's pattern names it; otherwise it is only a sibling of a known file.
+    /// The source's pattern names it, or it is known to have come in our time; otherwise it is only
+    /// a sibling of a known file.
     pub wanted: bool,
 }
 
@@ -114,6 +115,9 @@ pub struct Surroundings<'a> {
     /// Whether the machine went down since positions were saved: only then can a file have lost
     /// its tail. Otherwise one that is too short was truncated, whatever it holds now.
     pub rebooted: bool,
+    /// How far back the clock was set, where it was: what changed after that may be younger than
+    /// the runs, which have their times from the clock before.
+    pub back_to: Option<SystemTime>,
 }
 
 /// Decides over all files found, and over the rotated siblings that this brings into play.
@@ -128,18 +132,21 @@ pub fn recognise(mut found: Vec<Found>, around: Surroundings<'_>) -> io::Result<
                 decisions.push(Decision::Continue { run, found, until });
             }
             Assigned::Copy => decisions.push(Decision::Copy { found }),
-            Assigned::Nothing if is_copy(&mut found.tail, around) => {
-                decisions.push(Decision::Copy { found });
+            Assigned::Nothing => {
+                let modified = found.tail.modified()?;
+                if !found.wanted && around.since(found.tail.path()) >= Some(modified) {
+                    decisions.push(Decision::Foreign);
+                } else if is_copy(&mut found.tail, around) {
+                    decisions.push(Decision::Copy { found });
+                } else {
+                    new.push((modified, found));
+                }
             }
-            Assigned::Nothing => new.push((found.tail.modified()?, found)),
         }
     }
     // Oldest first: generations are sent in the order in which they were written.
     new.sort_by_key(|(modified, _)| *modified);
-    for (modified, found) in new {
-        let ours = found.wanted || around.since(found.tail.path()) < Some(modified);
-        decisions.push(if ours { Decision::New { found } } else { Decision::Foreign });
-    }
+    decisions.extend(new.into_iter().map(|(_, found)| Decision::New { found }));
     Ok(decisions)
 }
 
@@ -205,7 +212,9 @@ impl Surroundings<'_> {
     /// not do: between a save and a crash a generation may come and go.)
     fn since(&self, path: &Path) -> Option<SystemTime> {
         let related = |known: &&Known| known.path() == path || are_siblings(&known.path(), path);
-        self.lost.iter().chain(self.held).filter(related).filter_map(Known::found_at).max()
+        let found_at =
+            self.lost.iter().chain(self.held).filter(related).filter_map(Known::found_at).max();
+        found_at.map(|at| self.back_to.map_or(at, |back_to| at.min(back_to)))
     }
 }
 
@@ -262,8 +271,13 @@ fn list_siblings(paths: &[(PathBuf, usize)]) -> io::Result<Vec<(PathBuf, usize, 
 
 /// Whether a file holds the bytes of a run whose file is open, under a rotated name of it.
 fn is_copy(tail: &mut Tail, around: Surroundings<'_>) -> bool {
-    let age =
-        tail.modified().ok().and_then(|modified| SystemTime::now().duration_since(modified).ok());
+    // What is being written now has a time close to now. One far ahead is from before the clock was
+    // set back.
+    let distance = |modified| match SystemTime::now().duration_since(modified) {
+        Ok(age) => age,
+        Err(ahead) => ahead.duration(),
+    };
+    let age = tail.modified().ok().map(distance);
     let in_the_making = around.patient && age.is_none_or(|age| age < SETTLED_AFTER);
     // Rotation copies to a rotated name, never back: what has the plain name is a new generation,
     // even where its first lines are those of the one before.

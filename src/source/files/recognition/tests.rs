@@ -59,7 +59,7 @@ impl Folder {
         held: &[Known],
         rebooted: bool,
     ) -> Vec<String> {
-        let around = Surroundings { lost, held, patient: false, rebooted };
+        let around = Surroundings { lost, held, patient: false, rebooted, back_to: None };
         let name = |found: &Found| {
             found.tail.path().file_name().expect("a name").to_string_lossy().into_owned()
         };
@@ -153,6 +153,28 @@ fn two_rotations_while_down_miss_no_generation() {
     );
 }
 
+/// The clock was set back since the run was found: by the new clock, what came after looks older.
+#[test]
+fn a_clock_that_was_set_back_hides_no_missed_generation() {
+    let folder = Folder::new();
+    let old = lines("old", 500);
+    folder.write("a.log", &old);
+    let mut lost = [folder.known("a.log", &old, 1000)];
+    lost[0].run = found_at(SystemTime::now() + Duration::from_secs(86_400));
+    folder.rename("a.log", "a.log.2");
+    folder.write("a.log.1", b"between\n");
+    folder.write("a.log", b"new\n");
+    let back_to = Some(SystemTime::now() - Duration::from_secs(60));
+    let around = Surroundings { lost: &lost, held: &[], patient: false, rebooted: false, back_to };
+    let decisions = recognise(folder.found(&["a.log"]), around).expect("readable");
+    assert!(
+        decisions
+            .iter()
+            .any(|decision| matches!(decision, Decision::New { found } if !found.wanted)),
+        "{decisions:?}"
+    );
+}
+
 #[test]
 fn siblings_from_before_our_time_stay_alone() {
     let folder = Folder::new();
@@ -163,7 +185,8 @@ fn siblings_from_before_our_time_stay_alone() {
     lost[0].run = found_at(SystemTime::now() + Duration::from_secs(3600));
     folder.rename("a.log", "a.log.2");
     folder.write("a.log", b"new\n");
-    let around = Surroundings { lost: &lost, held: &[], patient: false, rebooted: false };
+    let around =
+        Surroundings { lost: &lost, held: &[], patient: false, rebooted: false, back_to: None };
     let decisions = recognise(folder.found(&["a.log"]), around).expect("readable");
     assert!(decisions.iter().any(|decision| matches!(decision, Decision::Foreign)));
     assert!(
@@ -254,7 +277,8 @@ fn a_new_generation_with_equal_first_lines_is_no_copy() {
     let mut held = folder.known("a.log.1", b"started\n", 0);
     held.progress.fingerprints.clear();
     let held = [held];
-    let around = Surroundings { lost: &[], held: &held, patient: true, rebooted: false };
+    let around =
+        Surroundings { lost: &[], held: &held, patient: true, rebooted: false, back_to: None };
     let decisions = recognise(folder.found(&["a.log"]), around).expect("readable");
     assert!(matches!(decisions[..], [Decision::New { .. }]), "{decisions:?}");
 }
