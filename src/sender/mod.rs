@@ -97,6 +97,8 @@ pub struct Summary {
     pub resent_bytes: u64,
     /// Bytes that were reported lost.
     pub lost_bytes: u64,
+    /// Datagrams that the kernel counted as dropped, at all UDP sockets.
+    pub lost_datagrams: u64,
     /// Every line was receipted: with `--once`, the exit code depends on it.
     pub complete: bool,
 }
@@ -143,6 +145,7 @@ struct Totals {
     resent_bytes: AtomicU64,
     receipted_bytes: AtomicU64,
     lost_bytes: AtomicU64,
+    lost_datagrams: Arc<AtomicU64>,
     /// What there was to send when each file was found.
     total_bytes: AtomicU64,
 }
@@ -165,6 +168,7 @@ impl Totals {
             sent_bytes: get(&self.sent_bytes),
             resent_bytes: get(&self.resent_bytes),
             lost_bytes: get(&self.lost_bytes),
+            lost_datagrams: get(&self.lost_datagrams),
             complete: complete && get(&self.parked) == 0 && get(&self.lost_bytes) == 0,
         }
     }
