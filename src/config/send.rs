@@ -277,6 +277,11 @@ fn check_sources(
         let place = layer.place.clone();
         let input_place = layer.inputs.first().map_or(&place, |at| &at.place).clone();
         let Some(source) = layer.check(once, environment, findings) else { continue };
+        if once && !matches!(source.input, Input::Files { .. } | Input::Stdin) {
+            let message = "--once sends what is there and ends, and a listener has no end: leave \
+                           out --once, or name files or '-' instead";
+            findings.problem(&input_place, message);
+        }
         if let Input::HttpIntake { address } = source.input {
             check_intake(address, plain_allowed, &input_place, findings);
         }
