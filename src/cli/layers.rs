@@ -119,6 +119,8 @@ impl Send {
             tokens: flag("--tokens", self.tokens.map(|path| base.join(path))),
             proxy: flag("--proxy", self.proxy),
             rate_limit: flag("--rate-limit", self.rate_limit),
+            cert: flag("--cert", self.cert.map(|path| base.join(path))),
+            key: flag("--key", self.key.map(|path| base.join(path))),
             state_dir: flag("--state-dir", self.state_dir.map(|path| base.join(path))),
             sources: inputs
                 .into_iter()
@@ -172,6 +174,8 @@ impl Receive {
             dials: dials.map(|(sender, url)| DialLayer::flag(sender, url)).collect(),
             token_file: flag("--token-file", self.token_file.map(|path| base.join(path))),
             ca: flag("--ca", self.ca.map(|path| base.join(path))),
+            client_ca: flag("--client-ca", self.client_ca.map(|path| base.join(path))),
+            trust_client_headers: switch("--trust-client-headers", self.trust_client_headers),
             tokens: flag("--tokens", self.tokens.map(|path| base.join(path))),
             elasticsearch: ElasticsearchLayer {
                 dead_letter_index: flag("--dead-letter-index", self.dead_letter_index),
@@ -279,7 +283,8 @@ mod tests {
                 let secret = ["token", "password", "key", "secret", "user"]
                     .iter()
                     .any(|word| name.contains(word));
-                let path = ["file", "tokens", "tls-key"].iter().any(|word| name.contains(word));
+                let path = ["file", "tokens", "tls-key"].iter().any(|word| name.contains(word))
+                    || name == "key";
                 assert!(!secret || path, "--{name} of {}", command.get_name());
             }
         }

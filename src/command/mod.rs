@@ -23,6 +23,7 @@ use crate::config::{
 };
 use crate::exit::Exit;
 use crate::search::{QueryError, SearchArgs, SearchTarget};
+use crate::tokens::Terms;
 use crate::{shutdown, telemetry, tls};
 
 use token::TokenAction;
@@ -62,10 +63,16 @@ fn token(args: cli::Token, environment: &Environment) -> anyhow::Result<Exit> {
         .expires
         .and_then(|from_now| SystemTime::now().checked_add(from_now))
         .and_then(|end| Timestamp::try_from(end).ok());
+    let certificates: Result<Vec<_>, _> = args
+        .certificate
+        .iter()
+        .map(|file| tls::fingerprint_of_file(&environment.current_dir.join(file)))
+        .collect();
+    let terms = Terms { types, certificates: certificates?, expires };
     let action = match args.name {
-        Some(name) if args.rotate => TokenAction::Rotate { name, types, expires },
+        Some(name) if args.rotate => TokenAction::Rotate { name, terms },
         Some(name) if args.revoke => TokenAction::Revoke { name },
-        Some(name) => TokenAction::Mint { name, types, expires },
+        Some(name) => TokenAction::Mint { name, terms },
         None => TokenAction::List,
     };
     token::run(&file, action)?;

@@ -60,7 +60,7 @@ pub enum SendError {
     /// The state directory cannot be used.
     #[error(transparent)]
     State(#[from] StateError),
-    /// The CA file cannot be used.
+    /// The CA file, the certificate or its key cannot be used.
     #[error(transparent)]
     Tls(#[from] TlsError),
     /// A source cannot be opened.
@@ -104,6 +104,8 @@ pub struct Summary {
     pub resent_bytes: u64,
     /// Bytes that were reported lost.
     pub lost_bytes: u64,
+    /// Datagrams that the kernel counted as dropped, at all UDP sockets.
+    pub lost_datagrams: u64,
     /// Every line was receipted: with `--once`, the exit code depends on it.
     pub complete: bool,
 }
@@ -150,6 +152,7 @@ struct Totals {
     resent_bytes: AtomicU64,
     receipted_bytes: AtomicU64,
     lost_bytes: AtomicU64,
+    lost_datagrams: Arc<AtomicU64>,
     /// What there was to send when each file was found.
     total_bytes: AtomicU64,
 }
@@ -172,6 +175,7 @@ impl Totals {
             sent_bytes: get(&self.sent_bytes),
             resent_bytes: get(&self.resent_bytes),
             lost_bytes: get(&self.lost_bytes),
+            lost_datagrams: get(&self.lost_datagrams),
             complete: complete && get(&self.parked) == 0 && get(&self.lost_bytes) == 0,
         }
     }
@@ -284,12 +288,12 @@ impl Connector {
         let once = config.once;
         match config.connection.clone() {
             ConnectionConfig::Dial(config) => {
-                let tls = match config.to.iter().any(|endpoint| endpoint.tls) {
-                    true => Some(client_config(config.ca.as_deref())?),
-                    false => None,
-                };
+                if config.to.iter().any(|endpoint| endpoint.tls) {
+                    // Each connection reads the files anew; what is wrong with them now is said now.
+                    client_config(config.ca.as_deref(), config.identity.as_ref())?;
+                }
                 let connections = Arc::new(connections);
-                Ok(Connector::Dial(Dialler { config, tls, connections, wanted, once }))
+                Ok(Connector::Dial(Dialler { config, connections, wanted, once }))
             }
             ConnectionConfig::Listen(config) => {
                 Ok(Connector::Listen(Listening::open(config, connections)?))

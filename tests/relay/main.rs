@@ -4,6 +4,8 @@ mod support;
 
 mod certificates;
 mod check;
+mod client_certificates;
+mod clock;
 mod configuration;
 mod crash;
 mod demo;
@@ -35,6 +37,7 @@ mod state;
 mod supervisor;
 mod syslog_network;
 mod syslog_ng;
+mod systemd;
 mod text;
 mod tokens;
 mod versions;

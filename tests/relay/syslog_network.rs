@@ -53,7 +53,7 @@ fn certificates(bench: &Bench) -> Certificates {
 }
 
 /// `waybill send --config` with this `[[source]]`.
-fn sender_of(bench: &Bench, receiver: &Receiver, settings: &str, source: &str) -> Process {
+pub fn sender_of(bench: &Bench, receiver: &Receiver, settings: &str, source: &str) -> Process {
     let text = format!(
         "to = {:?}\ntoken_file = 'test.token'\nstate_dir = 'state'\n{settings}\n{source}",
         receiver.url()
@@ -158,7 +158,7 @@ fn logger_by_udp_tcp_and_octet_count_in_both_formats() {
 // --- syslog-ng -------------------------------------------------------------------------------------------------------
 
 /// Destinations of syslog-ng, still without their closing parenthesis, by the program's name that marks their lines.
-fn syslog_ng_configuration(destinations: &[(&str, String)]) -> String {
+pub fn syslog_ng_configuration(destinations: &[(&str, String)]) -> String {
     let mut text = "@version: 3.35\noptions { time-reopen(1); stats-freq(0); };\n\
         source s { file(\"@FOLDER@/in.log\" flags(no-parse) follow-freq(0.1)); };\n"
         .to_owned();
@@ -444,6 +444,7 @@ fn a_full_spool_holds_tcp_back_and_counts_what_udp_loses() {
     assert_eq!(stored.iter().filter(datagrams).count(), taken);
     assert!(sender.stop().success());
     assert_eq!(sum_of(&sender.log(), "lost"), lost);
+    assert_eq!(sum_of(&sender.log(), "lost_datagrams"), lost, "in the totals too");
 }
 
 // --- Bad peers and bad places ----------------------------------------------------------------------------------------

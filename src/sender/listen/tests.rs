@@ -43,7 +43,7 @@ fn listen() -> Sender {
 
 impl Sender {
     fn mint(&self, name: &str) -> String {
-        tokens::mint(&self.tokens, name, None, None).expect("minted")
+        tokens::mint(&self.tokens, name, tokens::Terms::default()).expect("minted")
     }
 
     async fn dial(&self, token: &str) -> Result<Socket, ConnectError> {
