@@ -224,10 +224,12 @@ impl Follower {
         }
         self.look_at_held(&seen.paths);
         let found = seen.found;
+        let first = std::mem::take(&mut self.first);
         // A file that gets shorter while we look was truncated.
-        let rebooted = std::mem::take(&mut self.first) && self.context.state.rebooted();
+        let rebooted = first && self.context.state.rebooted();
         let mut streams = 0;
-        if !found.is_empty() || !self.missing.is_empty() {
+        // At first also where no pattern names anything: a file may have a rotated name alone.
+        if first || !found.is_empty() || !self.missing.is_empty() {
             let (held, lost): (Vec<_>, Vec<_>) =
                 self.known().into_iter().partition(|known| self.is_held(known));
             let held: Vec<Known> =

@@ -246,11 +246,13 @@ fn add_all_siblings(found: &mut Vec<Found>, around: Surroundings<'_>) -> io::Res
     Err(io::Error::other("files are renamed faster than they can be opened"))
 }
 
-/// Siblings of known paths with their sources and inodes.
+/// Known paths and their siblings, with sources and inodes. (A known path with a rotated name is
+/// one that no pattern may name.)
 fn list_siblings(paths: &[(PathBuf, usize)]) -> io::Result<Vec<(PathBuf, usize, Option<Inode>)>> {
     let mut listed = Vec::new();
     for (path, source) in paths {
-        for sibling in siblings(path)? {
+        let itself = is_rotated_name(path.as_os_str().as_bytes()).map(|_| path.clone());
+        for sibling in itself.into_iter().chain(siblings(path)?) {
             let inode = sibling.symlink_metadata().ok().as_ref().map(Inode::of);
             listed.push((sibling, *source, inode));
         }
@@ -288,7 +290,8 @@ fn may_become(tail: &mut Tail, known: &Known) -> bool {
     }
 }
 
-fn are_siblings(a: &Path, b: &Path) -> bool {
+/// Whether rotation makes one of these paths from the other, or both from a third.
+pub fn are_siblings(a: &Path, b: &Path) -> bool {
     match (a.file_name(), b.file_name()) {
         (Some(a_name), Some(b_name)) if a.parent() == b.parent() => {
             is_sibling(a_name.as_bytes(), b_name.as_bytes())
