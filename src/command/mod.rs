@@ -3,6 +3,7 @@
 //! A command says by its [`Exit`] how it ended, and has told a person why before it returns.
 
 pub mod demo;
+pub mod import;
 pub mod receive;
 pub mod search;
 pub mod send;
@@ -36,6 +37,7 @@ pub fn run(cli: Cli) -> Exit {
     let result = match cli.command {
         Command::Send(args) => with_runtime(send::run(*args, environment)),
         Command::Receive(args) => with_runtime(receive(*args, environment)),
+        Command::Import(args) => import::run(args, &environment),
         Command::Token(args) => token(args, &environment),
         Command::Search(args) => with_runtime(search(args, environment)),
         Command::Setup(args) => with_runtime(setup::run(args, environment)),

@@ -30,7 +30,7 @@ pub use receive::{
     DEAD_LETTER_INDEX, ElasticsearchLayer, ReceiveLayer, StoreLayer, default_store,
     load_elasticsearch, load_receive,
 };
-pub use send::{SendLayer, load_send};
+pub use send::{SendLayer, load_import, load_send};
 pub use source::{SourceLayer, SourceSettings, SyslogSettings, TypedInput, file_argument};
 
 /// A checked configuration.
@@ -73,6 +73,15 @@ pub struct SendConfig {
     pub kept_bytes_max: u64,
     /// Show a progress bar (only with `once`, on a terminal).
     pub progress: bool,
+}
+
+/// What `waybill import` needs to know of a sender.
+#[derive(Clone, Debug)]
+pub struct ImportConfig {
+    /// Where the durable state lies.
+    pub state_dir: PathBuf,
+    /// What the sender reads.
+    pub sources: Vec<SourceConfig>,
 }
 
 /// One `[[source]]`.

@@ -8,17 +8,17 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime};
 
 use tokio::task::{JoinSet, block_in_place};
 use tracing::{error, info, warn};
-use uuid::{NoContext, Timestamp, Uuid};
+use uuid::Uuid;
 
 use super::Context;
 use super::kept::{self, Kept};
 use super::link::Mailbox;
 use super::origin::Origin;
-use super::rows::Attributes;
+use super::rows::{Attributes, mint_run};
 use super::stream::{End, Ended, Flags, Parts, Stream, file_origin};
 use crate::config::{Input, Start};
 use crate::record::{Framing, escape_path};
@@ -535,14 +535,6 @@ impl Follower {
             }
         }
     }
-}
-
-/// The identity of a file that was found by a sweep which began at this time: what changes later
-/// and is nobody's came after it.
-fn mint_run(swept_at: SystemTime) -> Uuid {
-    let since = swept_at.duration_since(UNIX_EPOCH).unwrap_or_default();
-    let (seconds, nanoseconds) = (since.as_secs(), since.subsec_nanos());
-    Uuid::new_v7(Timestamp::from_unix(NoContext, seconds, nanoseconds))
 }
 
 /// The rows of a run, with their progress.

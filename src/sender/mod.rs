@@ -17,7 +17,7 @@ use std::collections::HashMap;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use thiserror::Error;
 use tokio::sync::{Notify, watch};
@@ -27,15 +27,17 @@ use tracing::{error, info, warn};
 
 use crate::config::{Input, SendConfig, SourceConfig};
 use crate::shutdown::Shutdown;
+use crate::source::files::tail::Tail;
 use crate::spool::{Budget, Spool};
-use crate::state::{State, StateError, machine_identity};
+use crate::state::{self, Entry, State, StateError, machine_identity};
 use crate::telemetry::Progress;
 use crate::tls::{TlsError, client_config};
 
 use follow::Follower;
 use link::{Dialler, Link, LinkError};
+use origin::{FileOrigin, Origin};
 use receipts::Receipts;
-use rows::Attributes;
+use rows::{Attributes, Opening, mint_run, progress_at_start};
 use spools::{OpenError, SpoolSource};
 use window::Counted;
 
@@ -373,6 +375,23 @@ impl Saver {
                 some space in the state directory");
         }
     }
+}
+
+/// The row that a sender of this source would open in this file at this offset, had it found the
+/// file at that time; nothing is written. The file must reach that far.
+pub fn open_file_row(
+    source: &SourceConfig,
+    tail: Tail,
+    start: u64,
+    found_at: SystemTime,
+) -> io::Result<(Entry, state::Progress)> {
+    let attributes = Attributes { source: source.clone(), host: host_name() };
+    let file = FileOrigin::new(tail)?;
+    let opening = Opening::in_file(mint_run(found_at), &file, start)?;
+    let before = Origin::File(file).before(start)?;
+    let entry = attributes.open(opening, None);
+    let progress = progress_at_start(&entry.row, &before);
+    Ok((entry, progress))
 }
 
 fn host_name() -> String {

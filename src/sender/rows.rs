@@ -1,12 +1,17 @@
 //! Making rows: what a new segment's row says, and when an old one no longer fits.
 
-use uuid::Uuid;
+use std::io;
+use std::time::{SystemTime, UNIX_EPOCH};
 
+use uuid::{NoContext, Timestamp, Uuid};
+
+use super::origin::FileOrigin;
 use crate::config::SourceConfig;
 use crate::protocol::Welcome;
-use crate::record::{Day, Framing, Prefix, Row, SegmentId};
+use crate::record::{Day, Framing, Prefix, Row, SegmentId, escape_path};
+use crate::source::files::fingerprint::{fingerprint, prefix};
 use crate::source::files::tail::Inode;
-use crate::state::Entry;
+use crate::state::{Entry, Progress};
 
 /// What the configuration and this host say about every new row of a source.
 #[derive(Clone, Debug)]
@@ -34,6 +39,39 @@ pub struct Opening {
     pub framing: Framing,
     /// The file's first bytes.
     pub first_bytes: Prefix,
+}
+
+impl Opening {
+    /// In a file, as it is now.
+    pub fn in_file(run: Uuid, file: &FileOrigin, start: u64) -> io::Result<Opening> {
+        Ok(Opening {
+            run,
+            path: escape_path(file.tail.path()),
+            inode: Some(file.tail.inode()),
+            start,
+            day: file.tail.day()?,
+            framing: Framing::LINES,
+            first_bytes: prefix(file.first()),
+        })
+    }
+}
+
+/// What is known of a file's row that opens behind these bytes: the last 64 before its start, or all
+/// where there are fewer.
+pub fn progress_at_start(row: &Row, before: &[u8]) -> Progress {
+    let mut progress = Progress::at_start(row);
+    if row.start > 0 {
+        progress.advance(fingerprint(row.start, before));
+    }
+    progress
+}
+
+/// The identity of a file that was found at this time (by a sweep: when that began). What changes
+/// later and is nobody's came after it.
+pub fn mint_run(found_at: SystemTime) -> Uuid {
+    let since = found_at.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let (seconds, nanoseconds) = (since.as_secs(), since.subsec_nanos());
+    Uuid::new_v7(Timestamp::from_unix(NoContext, seconds, nanoseconds))
 }
 
 impl Attributes {

@@ -11,6 +11,7 @@ mod disk;
 mod elasticsearch;
 mod files;
 mod http_intake;
+mod import;
 mod nginx;
 mod parsing;
 mod protocol_doc;

@@ -15,22 +15,32 @@ use tracing::debug;
 /// How often patterns are swept without a hint.
 pub const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 
+/// What `*` and `?` match: all but a `/`.
+const OPTIONS: glob::MatchOptions = glob::MatchOptions {
+    case_sensitive: true,
+    require_literal_separator: true,
+    require_literal_leading_dot: false,
+};
+
 /// The paths that a pattern names now, in order. Unreadable folders are passed over: they may
 /// become readable later.
 pub fn sweep(pattern: &str) -> Vec<PathBuf> {
-    let options = glob::MatchOptions {
-        case_sensitive: true,
-        require_literal_separator: true,
-        require_literal_leading_dot: false,
-    };
     if !has_wildcard(pattern) {
         return vec![PathBuf::from(pattern)];
     }
-    match glob::glob_with(pattern, options) {
+    match glob::glob_with(pattern, OPTIONS) {
         Ok(paths) => paths.filter_map(Result::ok).collect(),
         // The configuration was checked; nothing matches a pattern that is none.
         Err(_) => Vec::new(),
     }
+}
+
+/// Whether a pattern would name this path, were it there.
+pub fn names(pattern: &str, path: &Path) -> bool {
+    if !has_wildcard(pattern) {
+        return Path::new(pattern) == path;
+    }
+    glob::Pattern::new(pattern).is_ok_and(|pattern| pattern.matches_path_with(path, OPTIONS))
 }
 
 /// Whether a pattern is more than a path.
@@ -123,6 +133,11 @@ mod tests {
         fs::write(dir.path().join("sub/a.log"), "x\n").expect("write");
         fs::write(dir.path().join("b.log.1"), "x\n").expect("write");
         assert_eq!(sweep(&pattern), [dir.path().join("sub/a.log")]);
+        assert!(names(&pattern, &dir.path().join("sub/later.log")));
+        assert!(!names(&pattern, &dir.path().join("b.log.1")));
+        let path = dir.path().join("a[1].log");
+        let literal = glob::Pattern::escape(&path.to_string_lossy());
+        assert!(names(&literal, &path) && !names(&literal, &dir.path().join("a1.log")));
     }
 
     #[tokio::test]

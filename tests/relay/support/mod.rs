@@ -5,6 +5,8 @@ pub mod documents;
 #[allow(dead_code)]
 pub mod proxy;
 #[allow(dead_code)]
+pub mod registries;
+#[allow(dead_code)]
 pub mod servers;
 #[allow(dead_code)]
 pub mod store;
