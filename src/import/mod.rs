@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use rustix::fs::{FlockOperation, fcntl_lock, flock};
+use rustix::io::Errno;
 use thiserror::Error;
 
 use crate::config::{ImportConfig, Input, SourceConfig};
@@ -196,5 +197,6 @@ fn is_locked(path: &Path) -> bool {
     let Ok(file) = File::open(path) else { return false };
     // Taken, if at all, for this moment: closing the file gives it back.
     let shared = FlockOperation::NonBlockingLockShared;
-    flock(&file, shared).is_err() || fcntl_lock(&file, shared).is_err()
+    let taken = |tried| matches!(tried, Err(Errno::WOULDBLOCK | Errno::ACCESS));
+    taken(flock(&file, shared)) || taken(fcntl_lock(&file, shared))
 }

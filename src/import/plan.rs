@@ -184,7 +184,8 @@ impl Planner<'_> {
                     "the file of this name is younger than the position".to_owned()
                 }
                 Some(_) => "another file has this name now".to_owned(),
-                None => "the file is gone".to_owned(),
+                None => "the file is gone; if it was compressed since, what was unread is not sent"
+                    .to_owned(),
             },
         };
         self.say(path, None, format!("passed over: {note}"));

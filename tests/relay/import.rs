@@ -413,7 +413,7 @@ fn every_position_is_accounted_for() {
     for says in [
         "renamed.log (passed over: another file has this name now)",
         "unknown.log (passed over: it was known by \"by_smell\", which is not known here)",
-        "gone.log (passed over: the file is gone)",
+        "gone.log (passed over: the file is gone; if it was compressed since",
         "elsewhere/app.log (passed over: no source reads it)",
     ] {
         let words: Vec<&str> = finished.stdout.split_whitespace().collect();

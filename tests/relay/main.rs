@@ -12,6 +12,7 @@ mod elasticsearch;
 mod files;
 mod http_intake;
 mod import;
+mod migration;
 mod nginx;
 mod parsing;
 mod protocol_doc;

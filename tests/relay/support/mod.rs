@@ -3,6 +3,8 @@
 #[allow(dead_code)]
 pub mod documents;
 #[allow(dead_code)]
+pub mod pages;
+#[allow(dead_code)]
 pub mod proxy;
 #[allow(dead_code)]
 pub mod registries;
