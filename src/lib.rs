@@ -60,6 +60,8 @@ pub mod transport;
 pub mod receiver;
 pub mod sender;
 
+pub mod import;
+
 pub mod cli;
 pub mod command;
 pub mod exit;

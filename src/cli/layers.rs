@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::{Elasticsearch, Logging, Receive, Send};
+use super::{Elasticsearch, Logging, Receive, Send, Settings};
 use crate::config::{
     At, ConfigError, DialLayer, ElasticsearchLayer, Environment, Listen, LogLayer, Place, Problem,
     ReceiptsTarget, ReceiveLayer, SendLayer, SourceLayer, SourceSettings, StoreLayer,
@@ -41,11 +41,9 @@ impl Logging {
     }
 }
 
-impl Send {
-    /// The layer of these flags; the error names arguments that cannot be files.
-    pub fn layer(self, environment: &Environment) -> Result<SendLayer, ConfigError> {
-        let base = &environment.current_dir;
-        let settings = SourceSettings {
+impl Settings {
+    fn layer(self) -> SourceSettings {
+        SourceSettings {
             type_name: flag("--type", self.type_name),
             tags: flags("--tag", self.tag),
             labels: flags("--label", self.label),
@@ -53,7 +51,15 @@ impl Send {
             timezone: flag("--timezone", self.timezone),
             start: flag("--start", self.start),
             follow_symlinks: switch("--follow-symlinks", self.follow_symlinks),
-        };
+        }
+    }
+}
+
+impl Send {
+    /// The layer of these flags; the error names arguments that cannot be files.
+    pub fn layer(self, environment: &Environment) -> Result<SendLayer, ConfigError> {
+        let base = &environment.current_dir;
+        let settings = self.settings.layer();
         let mut inputs = Vec::new();
         let mut problems = Vec::new();
         for argument in self.files {

@@ -4,6 +4,7 @@
 //! a key of a file mean the same.
 
 mod generate;
+mod import;
 mod layers;
 
 use std::ffi::OsString;
@@ -17,6 +18,7 @@ use crate::config::{Endpoint, Listen, LogFormat, LogLevel, ProxySetting, Start, 
 use crate::record::{Format, IndexRule, TypeName};
 
 pub use generate::generate;
+pub use import::Import;
 
 /// The whole command line.
 #[derive(Debug, Parser)]
@@ -44,6 +46,8 @@ pub enum Command {
     Receive(Box<Receive>),
     /// Check a configuration and all that it needs, and say how to mend it.
     Check(Check),
+    /// Take over the positions of Filebeat or Logstash, so that 'send' goes on where it ended.
+    Import(Import),
     /// Make, rotate, revoke and list the tokens that senders present.
     Token(Token),
     /// Find lines in the embedded store or in Elasticsearch.
@@ -187,28 +191,9 @@ pub struct Send {
     /// Answer supervisor's events on standard input and output, as an [eventlistener:…] does
     #[arg(long, help_heading = "Sources")]
     pub supervisor_events: bool,
-    /// Where files start that are there at the first run: beginning or end [default: beginning]
-    #[arg(long, value_name = "WHERE", value_parser = value::start, help_heading = "Sources")]
-    pub start: Option<Start>,
-    /// Follow symbolic links, which are refused otherwise
-    #[arg(long, help_heading = "Sources")]
-    pub follow_symlinks: bool,
-
-    /// Type of the lines, part of the index name: a-z, 0-9, '_', '-' [default: default]
-    #[arg(long = "type", value_name = "TYPE", value_parser = value::type_name, help_heading = "Lines")]
-    pub type_name: Option<TypeName>,
-    /// Tag of each document; may be repeated
-    #[arg(long, value_name = "TAG", value_parser = value::tag, help_heading = "Lines")]
-    pub tag: Vec<String>,
-    /// Label of each document; may be repeated
-    #[arg(long, value_name = "KEY=VALUE", value_parser = value::label, help_heading = "Lines")]
-    pub label: Vec<(String, String)>,
-    /// How lines are parsed: auto, json, syslog or raw [default: auto]
-    #[arg(long, value_name = "FORMAT", value_parser = value::format, help_heading = "Lines")]
-    pub format: Option<Format>,
-    /// Zone of timestamps that name none, such as Europe/Berlin [default: this machine's]
-    #[arg(long, value_name = "ZONE", value_parser = value::timezone, help_heading = "Lines")]
-    pub timezone: Option<String>,
+    /// What is said of all of them.
+    #[command(flatten)]
+    pub settings: Settings,
 
     /// Send what is there now, wait for every receipt, and end: 1 if a line was parked or failed;
     /// for files and '-' only. An absent receiver or Elasticsearch is waited for without end
@@ -240,6 +225,33 @@ pub struct Send {
     /// Logging.
     #[command(flatten)]
     pub logging: Logging,
+}
+
+/// What the command line says of all files and sockets that it names.
+#[derive(Debug, Default, Args)]
+pub struct Settings {
+    /// Where files start that are there at the first run: beginning or end [default: beginning]
+    #[arg(long, value_name = "WHERE", value_parser = value::start, help_heading = "Sources")]
+    pub start: Option<Start>,
+    /// Follow symbolic links, which are refused otherwise
+    #[arg(long, help_heading = "Sources")]
+    pub follow_symlinks: bool,
+
+    /// Type of the lines, part of the index name: a-z, 0-9, '_', '-' [default: default]
+    #[arg(long = "type", value_name = "TYPE", value_parser = value::type_name, help_heading = "Lines")]
+    pub type_name: Option<TypeName>,
+    /// Tag of each document; may be repeated
+    #[arg(long, value_name = "TAG", value_parser = value::tag, help_heading = "Lines")]
+    pub tag: Vec<String>,
+    /// Label of each document; may be repeated
+    #[arg(long, value_name = "KEY=VALUE", value_parser = value::label, help_heading = "Lines")]
+    pub label: Vec<(String, String)>,
+    /// How lines are parsed: auto, json, syslog or raw [default: auto]
+    #[arg(long, value_name = "FORMAT", value_parser = value::format, help_heading = "Lines")]
+    pub format: Option<Format>,
+    /// Zone of timestamps that name none, such as Europe/Berlin [default: this machine's]
+    #[arg(long, value_name = "ZONE", value_parser = value::timezone, help_heading = "Lines")]
+    pub timezone: Option<String>,
 }
 
 /// How Elasticsearch is reached, the same for each command.

@@ -4,6 +4,7 @@
 
 pub mod check;
 pub mod demo;
+pub mod import;
 pub mod receive;
 pub mod search;
 pub mod send;
@@ -39,6 +40,7 @@ pub fn run(cli: Cli) -> Exit {
         Command::Send(args) => with_runtime(send::run(*args, environment)),
         Command::Receive(args) => with_runtime(receive(*args, environment)),
         Command::Check(args) => with_runtime(check::run(args, environment)),
+        Command::Import(args) => import::run(args, &environment),
         Command::Token(args) => token(args, &environment),
         Command::Search(args) => with_runtime(search(args, environment)),
         Command::Setup(args) => with_runtime(setup::run(args, environment)),

@@ -34,7 +34,7 @@ pub use receive::{
     DEAD_LETTER_INDEX, ElasticsearchLayer, ReceiveLayer, StoreLayer, default_store,
     load_elasticsearch, load_receive,
 };
-pub use send::{SendLayer, load_send};
+pub use send::{SendLayer, load_import, load_send};
 pub use source::{SourceLayer, SourceSettings, SyslogSettings, TypedInput, file_argument};
 
 /// A checked configuration.
@@ -114,6 +114,15 @@ pub struct ListenConfig {
     pub tls: Option<Identity>,
     /// The tokens file with the receivers that may enter; read anew whenever it changes.
     pub tokens: PathBuf,
+}
+
+/// What `waybill import` needs to know of a sender.
+#[derive(Clone, Debug)]
+pub struct ImportConfig {
+    /// Where the durable state lies.
+    pub state_dir: PathBuf,
+    /// What the sender reads.
+    pub sources: Vec<SourceConfig>,
 }
 
 /// One `[[source]]`.

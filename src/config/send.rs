@@ -13,8 +13,8 @@ use super::receive::{absolute_listen, check_listen};
 use super::source::{self, SourceLayer};
 use super::value;
 use super::{
-    ConnectionConfig, DialConfig, Endpoint, EndpointAddress, Environment, Input, Listen,
-    ListenConfig, Loaded, ReceiptsTarget, SendConfig, SourceConfig,
+    ConnectionConfig, DialConfig, Endpoint, EndpointAddress, Environment, ImportConfig, Input,
+    Listen, ListenConfig, Loaded, ReceiptsTarget, SendConfig, SourceConfig,
 };
 
 /// How long `--once` tries lines again that an index refuses, unless configured.
@@ -173,15 +173,39 @@ pub fn load_send(
     file: Option<&Path>,
     environment: &Environment,
 ) -> Result<Loaded<SendConfig>, ConfigError> {
-    let (layer, findings) = match file {
+    let (layer, findings) = lay_over(flags, file, environment)?;
+    check(layer, findings, environment)
+}
+
+/// The same for `waybill import`, which needs neither a receiver nor its token.
+pub fn load_import(
+    flags: SendLayer,
+    file: Option<&Path>,
+    environment: &Environment,
+) -> Result<Loaded<ImportConfig>, ConfigError> {
+    let (layer, mut findings) = lay_over(flags, file, environment)?;
+    let log = layer.log.check();
+    let plain_allowed = layer.insecure_plaintext.as_ref().is_some_and(|at| at.value);
+    let state_dir = check_state_dir(layer.state_dir, environment, &mut findings);
+    let sources = check_sources(layer.sources, false, plain_allowed, environment, &mut findings);
+    let config = state_dir.map(|state_dir| ImportConfig { state_dir, sources });
+    let (config, warnings) = findings.finish(config)?;
+    Ok(Loaded { config, log, warnings })
+}
+
+fn lay_over(
+    flags: SendLayer,
+    file: Option<&Path>,
+    environment: &Environment,
+) -> Result<(SendLayer, Findings), ConfigError> {
+    Ok(match file {
         Some(path) => {
             let (under, findings) =
                 File::open(path, &environment.current_dir)?.walk(SendLayer::read)?;
             (flags.over(under), findings)
         }
         None => (flags, Findings::default()),
-    };
-    check(layer, findings, environment)
+    })
 }
 
 fn check(

@@ -27,11 +27,13 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
+use uuid::Uuid;
 
 use crate::config::{ConnectionConfig, Input, SendConfig, SourceConfig};
 use crate::shutdown::Shutdown;
+use crate::source::files::tail::Tail;
 use crate::spool::{Budget, Spool};
-use crate::state::{State, StateError, machine_identity};
+use crate::state::{self, Entry, State, StateError, machine_identity};
 use crate::telemetry::Progress;
 use crate::tls::{TlsError, client_config};
 
@@ -40,8 +42,9 @@ use dial::{Dialler, LinkError};
 use follow::Follower;
 use link::Links;
 use listen::{ListenError, Listening};
+use origin::{FileOrigin, Origin};
 use receipts::Receipts;
-use rows::Attributes;
+use rows::{Attributes, Opening, progress_at_start};
 use spools::{OpenError, SpoolSource};
 use window::Counted;
 
@@ -422,6 +425,36 @@ impl Saver {
                 some space in the state directory");
         }
     }
+}
+
+/// The row that a sender of this source would open in this file at this offset; nothing is written.
+/// The file must reach that far.
+pub fn open_file_row(
+    source: &SourceConfig,
+    tail: Tail,
+    start: u64,
+) -> io::Result<(Entry, state::Progress)> {
+    let mut file = Origin::File(FileOrigin::new(tail)?);
+    let before = file.before(start)?;
+    let Origin::File(file) = file else { unreachable!("it is a file") };
+    let opening = Opening::in_file(Uuid::now_v7(), &file, start)?;
+    let entry = offline(source).open(opening, None);
+    let mut progress = progress_at_start(&entry.row, &file.tail, &before);
+    if !file.tail.is_compressed() {
+        progress.size = file.tail.size()?;
+    }
+    Ok((entry, progress))
+}
+
+/// The row that makes a sender of this source send of this file only what comes after now; nothing is
+/// written.
+pub fn pass_over_row(source: &SourceConfig, mut tail: Tail) -> io::Result<Entry> {
+    let path = tail.path().to_owned();
+    rows::passed_over(&offline(source), &mut tail, &path)
+}
+
+fn offline(source: &SourceConfig) -> Attributes {
+    Attributes { source: source.clone(), host: host_name() }
 }
 
 fn host_name() -> String {

@@ -124,6 +124,29 @@ fn two_rotations_with_the_sender_down() {
     }
 }
 
+/// A file that was found under its rotated name is found there again, though no pattern names it and nobody knows what
+/// has its plain name by then.
+#[test]
+fn left_under_its_rotated_name_through_two_restarts() {
+    let bench = Bench::new();
+    let mut receiver = bench.receiver();
+    bench.write("app.log", lines("first", 500));
+    bench.send_once(&receiver, &["app.log"]).ok();
+    receiver.stop();
+    bench.append("app.log", lines("rest", 100));
+    rename(&bench, "app.log", "app.log.1");
+    bench.write("other.log", lines("other", 10));
+    let arguments = ["app.log", "other.log", "--drain-timeout", "100ms"];
+    let mut sender = bench.sender(&receiver, &arguments);
+    sender.wait_for_log("app.log.1");
+    assert!(sender.stop().success());
+    bench.write("app.log", lines("second", 100));
+    receiver.start();
+    bench.send_once(&receiver, &["app.log", "other.log"]).ok();
+    let all = numbered("first", 500).chain(numbered("rest", 100)).chain(numbered("second", 100));
+    bench.assert_lines(all.chain(numbered("other", 10)));
+}
+
 #[test]
 fn a_generation_that_ended_before_we_came_is_not_sent() {
     let bench = Bench::new();

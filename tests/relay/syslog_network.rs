@@ -3,13 +3,13 @@
 use std::fs;
 use std::io::{self, Write};
 use std::net::{TcpStream, UdpSocket};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::support::servers::{SyslogNg, cache, free_port, quick, skip, wait_until};
+use super::support::servers::{SyslogNg, free_port, quick, skip, unpacked, wait_until};
 use super::support::waybill::{Bench, Certificates, PATIENCE, Process, Receiver, lines, waybill};
 
 /// A sender's listeners, each on a port of its own.
@@ -281,13 +281,7 @@ fn syslog_ng_dials_again_after_a_kill_and_nothing_stored_is_doubled() {
 /// rsyslog's daemon with its folders of modules and libraries: the one on the PATH, else the one that `scripts/test`
 /// unpacked beside syslog-ng.
 fn rsyslogd(configuration: &Path, work: &Path) -> Option<Command> {
-    let root = [PathBuf::from("/"), cache().join("rsyslog")]
-        .into_iter()
-        .find(|root| root.join("usr/sbin/rsyslogd").is_file());
-    let Some(root) = root.filter(|_| !quick()) else {
-        skip("rsyslogd is missing; scripts/test fetches it");
-        return None;
-    };
+    let root = unpacked("rsyslog", "usr/sbin/rsyslogd")?;
     let libraries = root.join("usr/lib").join(format!("{}-linux-gnu", std::env::consts::ARCH));
     let mut command = Command::new(root.join("usr/sbin/rsyslogd"));
     command
