@@ -165,14 +165,23 @@ fn behind_proxy(bench: &Bench, trust: bool) -> Process {
 }
 
 /// The first line of the answer to an upgrade with the bound token and a certificate in headers.
-fn claim(bench: &Bench, mut stream: impl Read + Write, verify: &str) -> String {
+fn claim(bench: &Bench, stream: impl Read + Write, verify: &str) -> String {
+    claim_for(bench, stream, verify, "waybill.v1")
+}
+
+fn claim_for(
+    bench: &Bench,
+    mut stream: impl Read + Write,
+    verify: &str,
+    subprotocol: &str,
+) -> String {
     let token = fs::read_to_string(bench.path("test.token")).expect("the token");
     let pem = fs::read_to_string(bench.path("web-1.pem")).expect("the certificate");
     let escaped: String = pem.bytes().map(|byte| format!("%{byte:02X}")).collect();
     let request = format!(
         "GET / HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
          Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\
-         Sec-WebSocket-Protocol: waybill.v1\r\nAuthorization: Bearer {}\r\n\
+         Sec-WebSocket-Protocol: {subprotocol}\r\nAuthorization: Bearer {}\r\n\
          X-Client-Verify: {verify}\r\nX-Client-Certificate: {escaped}\r\n\r\n",
         token.trim()
     );
@@ -199,7 +208,10 @@ fn headers_about_certificates_are_believed_over_a_unix_socket_only_where_configu
     for verify in ["NONE", "FAILED:certificate has expired", "success"] {
         assert_eq!(claim(&bench, connect(), verify), REFUSED, "{verify}");
     }
-    assert_eq!(claim(&bench, connect(), "SUCCESS"), "HTTP/1.1 101 Switching Protocols");
+    const TAKEN: &str = "HTTP/1.1 101 Switching Protocols";
+    assert_eq!(claim(&bench, connect(), "SUCCESS"), TAKEN);
+    assert_eq!(claim_for(&bench, connect(), "NONE", "waybill.text.v1"), REFUSED);
+    assert_eq!(claim_for(&bench, connect(), "SUCCESS", "waybill.text.v1"), TAKEN);
     drop(receiver);
 
     let receiver = bench.receiver();

@@ -241,6 +241,36 @@ fn an_equal_file_beside_one_that_rests_is_sent() {
     bench.assert_lines(several(&["line", "line"], 100).chain(ends));
 }
 
+/// A generation of a few lines, which for a minute could as well be the beginning of a copy, and whose name no pattern
+/// holds: it is looked at again when it has settled.
+#[test]
+fn a_short_generation_that_came_and_went_unseen_is_sent_when_it_has_settled() {
+    for once in [true, false] {
+        let bench = Bench::new();
+        let receiver = bench.receiver();
+        bench.write("app.log", lines("first", 500));
+        let mut sender = bench.sender(&receiver, &["app.log"]);
+        bench.wait_for_lines(500);
+        if once {
+            assert!(sender.stop().success());
+        } else {
+            sender.signal("-STOP");
+        }
+        fs::rename(bench.path("app.log"), bench.path("app.log.2")).expect("rename");
+        bench.write("app.log.1", lines("short", 3));
+        bench.write("app.log", lines("last", 500));
+        if once {
+            bench.send_once(&receiver, &["app.log"]).ok();
+        } else {
+            sender.signal("-CONT");
+            bench.wait_for_lines(1003);
+            assert!(sender.stop().success());
+        }
+        let expected = several(&["first", "last"], 500).chain(several(&["short"], 3));
+        bench.assert_lines(expected);
+    }
+}
+
 pub fn set_modified(bench: &Bench, name: &str, time: SystemTime) {
     let file = File::options().write(true).open(bench.path(name)).expect("open");
     file.set_modified(time).expect("time");
