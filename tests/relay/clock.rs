@@ -12,7 +12,7 @@ use std::thread;
 use std::time::{Duration, SystemTime};
 
 use super::support::servers::have;
-use super::support::waybill::{Bench, PATIENCE, Process, Receiver, lines};
+use super::support::waybill::{Bench, Process, Receiver, lines};
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
