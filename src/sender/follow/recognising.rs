@@ -81,7 +81,7 @@ impl Follower {
 
     /// Notes durably, before anything is followed, which rotated files were there before us.
     fn pass_over(&mut self, sources: &[usize], passed: Vec<Decision>) -> io::Result<()> {
-        let mut entries = Vec::new();
+        let (mut entries, mut at_rest) = (Vec::new(), Vec::new());
         for decision in passed {
             let Decision::PassOver { mut found } = decision else { continue };
             let path = escape_path(&found.path);
@@ -89,9 +89,7 @@ impl Follower {
             match passed_over(attributes, &mut found.tail, &found.path) {
                 Ok(entry) => {
                     info!(%path, "a rotated file from before the first run: passed over");
-                    if let Some(resting) = resting(&entry) {
-                        self.resting.insert(found.tail.inode(), resting);
-                    }
+                    at_rest.extend(resting(&entry).map(|rests| (found.tail.inode(), rests)));
                     entries.push(entry);
                 }
                 Err(error) => self.complain(&found.path, format!("cannot be read: {error}"), true),
@@ -99,8 +97,10 @@ impl Follower {
         }
         let name = |number: &usize| self.sources[*number].attributes.source.name.clone();
         let names = sources.iter().map(name).collect();
-        self.at_rest.extend(entries.iter().map(|entry| entry.run));
-        self.context.state.pass_over(names, entries, &[])
+        self.context.state.pass_over(names, entries, &[])?;
+        self.at_rest.extend(at_rest.iter().map(|(_, resting)| resting.run));
+        self.resting.extend(at_rest);
+        Ok(())
     }
 
     /// Where the file of a run in hand is now. That of a kept copy is gone.
