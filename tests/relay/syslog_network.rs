@@ -283,7 +283,7 @@ fn syslog_ng_dials_again_after_a_kill_and_nothing_stored_is_doubled() {
 
 /// rsyslog's daemon with its folders of modules and libraries: the one on the PATH, else the one that `scripts/test`
 /// unpacked beside syslog-ng.
-fn rsyslogd(configuration: &Path, work: &Path) -> Option<Command> {
+pub fn rsyslogd(configuration: &Path, work: &Path) -> Option<Command> {
     let root = unpacked("rsyslog", "usr/sbin/rsyslogd")?;
     let libraries = root.join("usr/lib").join(format!("{}-linux-gnu", std::env::consts::ARCH));
     let mut command = Command::new(root.join("usr/sbin/rsyslogd"));
