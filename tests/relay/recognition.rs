@@ -87,7 +87,7 @@ fn a_short_generation_between_two_sweeps_is_sent() {
     bench.write("app.log", lines("first", 100));
     let mut sender = bench.sender(&receiver, &["app.log"]);
     bench.wait_for_lines(100);
-    sender.signal("-STOP");
+    sender.freeze();
     rotate(&bench, "the only one\n");
     rotate(&bench, &lines("third", 100));
     sender.signal("-CONT");

@@ -376,7 +376,7 @@ fn what_the_kernel_drops_of_udp_is_counted_to_the_last_datagram() {
     let mut sender = sender_of(&bench, &receiver, "", &source);
     let client = UdpSocket::bind("127.0.0.1:0").expect("bind");
     client.connect(("127.0.0.1", port)).expect("connect");
-    sender.signal("-STOP");
+    sender.freeze();
     for number in 0..SENT {
         let line = format!("<13>Nov 21 08:00:00 host app: line {number}");
         assert_eq!(client.send(line.as_bytes()).expect("loopback takes all"), line.len());
