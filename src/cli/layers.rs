@@ -116,6 +116,10 @@ impl Send {
         Ok(SendLayer {
             to: flags("--to", self.to),
             token_file: flag("--token-file", self.token_file.map(|path| base.join(path))),
+            chain_key_file: flag(
+                "--chain-key-file",
+                self.chain_key_file.map(|path| base.join(path)),
+            ),
             ca: flag("--ca", self.ca.map(|path| base.join(path))),
             balance: switch("--balance", self.balance),
             idle_close: None,
@@ -289,7 +293,9 @@ mod tests {
                 let secret = ["token", "password", "key", "secret", "user"]
                     .iter()
                     .any(|word| name.contains(word));
-                let path = ["file", "tokens", "tls-key"].iter().any(|word| name.contains(word))
+                let path = ["file", "tokens", "tls-key", "chain-key"]
+                    .iter()
+                    .any(|word| name.contains(word))
                     || name == "key";
                 assert!(!secret || path, "--{name} of {}", command.get_name());
             }

@@ -12,7 +12,7 @@ use super::*;
 use crate::config::{Listen, value};
 use crate::protocol::Control;
 use crate::sender::link::Links;
-use crate::transport::{ConnectError, Incoming, connect};
+use crate::transport::{ConnectError, Incoming, Offer, connect};
 
 const LONG: Duration = Duration::from_secs(60);
 
@@ -32,8 +32,14 @@ fn listen() -> Sender {
     let (links, _) = watch::channel(Links::default());
     let instance = Uuid::from_u128(7);
     let stopping = stop.clone();
-    let connections =
-        Connections { instance, compress: false, rate_limit: None, links, stop: stopping };
+    let connections = Connections {
+        instance,
+        compress: false,
+        rate_limit: None,
+        chain: None,
+        links,
+        stop: stopping,
+    };
     let listen = Listen::Tcp(SocketAddr::from(([127, 0, 0, 1], 0)));
     let config = ListenConfig { listen, tls: None, tokens: tokens.clone() };
     let listening = Listening::open(config, connections).expect("bound");
@@ -48,7 +54,7 @@ impl Sender {
 
     async fn dial(&self, token: &str) -> Result<Socket, ConnectError> {
         let endpoint = value::endpoint(&format!("ws://{}/", self.address)).expect("a URL");
-        connect(&endpoint, None, token, SUBPROTOCOL, LONG).await
+        connect(&endpoint, None, &Offer::new(token, SUBPROTOCOL), LONG).await
     }
 
     /// Until the file's change was noticed.
