@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use crate::certificates::nginx_text;
 use crate::support::documents::{prefix, wait_for_documents};
 use crate::support::servers::{Elasticsearch, Nginx, free_port, wait_until};
 use crate::support::store::{assert_lines, assert_slow_retries, run, wait_for_lines};
@@ -60,14 +61,10 @@ fn sender(bench: &Bench, receiver: &Receiver) -> Process {
 /// Sends with a state directory of its own and the token of the bench, which it has copied.
 fn thief(bench: &Bench, receiver: &Receiver, arguments: &[&str]) -> Command {
     bench.write("stolen.log", "never\n");
-    let mut command = bench.send_command(&receiver.url(), &["stolen.log"]);
-    command.args(arguments).arg("--state-dir").arg(bench.path("stolen-state"));
-    // The last one counts.
-    let own: Vec<_> = command.get_args().map(ToOwned::to_owned).collect();
-    let first = own.iter().position(|argument| argument == "--state-dir").expect("a state");
-    let mut once = waybill();
-    once.args(&own[..first]).args(&own[first + 2..]).current_dir(bench.path(""));
-    once
+    let mut command = waybill();
+    command.args(["send", "stolen.log", "--to", &receiver.url(), "--token-file", "test.token"]);
+    command.args(["--state-dir", "stolen-state"]).args(arguments).current_dir(bench.path(""));
+    command
 }
 
 fn wait_for_receiver(receiver: &Receiver, text: &str) {
@@ -178,7 +175,10 @@ fn a_receipt_that_was_lost_on_the_way_and_a_state_from_a_backup_lock_nobody_out(
     receiver.process().signal("-CONT");
     wait_for_lines(&bench, 200);
     honest.kill_hard();
-    bench.send_once(&receiver, &WITH_KEY).ok();
+    let mut again = bench.send_command(&receiver.url(), &WITH_KEY);
+    again.args(["--once", "--receipts", "-"]);
+    let receipts = run(again).ok().stdout;
+    assert_eq!(receipts.matches("\"already\"").count(), 100, "no receipt had come: {receipts}");
     assert_lines(&bench, "line", 200);
 
     // An older state: it knows of fewer receipts than were sent.
@@ -331,6 +331,32 @@ fn each_upgrade_has_a_challenge_of_its_own_and_text_cannot_answer_one() {
     let refused = upgrade(&bench, &receiver, "waybill.text.v1");
     assert!(refused.starts_with("http/1.1 403"), "{refused}");
     assert!(refused.contains("chain key") && refused.contains("--no-chain-key"), "{refused}");
+}
+
+#[test]
+fn challenge_and_answer_pass_the_shipped_nginx() {
+    let bench = enrolled();
+    let folder = bench.path("");
+    Certificates::make(&folder);
+    let port = free_port();
+    let Some(_nginx) = Nginx::start(&nginx_text(&folder, port)) else { return };
+    let mut receive = waybill();
+    receive.args(["receive", "--listen", "unix:receive.sock", "--tokens", "tokens.toml"]);
+    receive.args(["--store", "store.sqlite"]).current_dir(&folder);
+    let receiver = Process::start("receiver", receive, bench.path("receiver.log"));
+    receiver.wait_for_log(" listening");
+    bench.write("app.log", "line 0\n");
+    let url = format!("wss://localhost:{port}/");
+    let once = |arguments: &[&str]| {
+        let mut command = bench.send_command(&url, &["app.log", "--once", "--ca", "ca.pem"]);
+        command.args(arguments);
+        run(command)
+    };
+    let refused = once(&[]);
+    assert_eq!(refused.status.code(), Some(1), "{}", refused.stderr);
+    assert!(refused.stderr.contains(NEEDS_KEY), "{}", refused.stderr);
+    once(&["--chain-key-file", "test.key"]).ok();
+    assert_lines(&bench, "line", 1);
 }
 
 #[test]
