@@ -148,7 +148,7 @@ async fn ended(mut tokens: watch::Receiver<Arc<Tokens>>, hash: &TokenHash) {
     while tokens
         .borrow_and_update()
         .find(hash, Timestamp::now())
-        .is_some_and(|entry| entry.accepts(None))
+        .is_some_and(|entry| entry.accepts(None) && entry.chain_key.is_none())
     {
         if tokens.changed().await.is_err() {
             // Nobody looks at the file any more: this process ends.
@@ -227,6 +227,11 @@ impl Admission {
         // This side asks for none, and must not let in by the token alone what is bound to one.
         if !entry.accepts(None) {
             let why = "this token needs its client certificate, which a sender cannot check\n";
+            return Err(Refuse::new(403, why));
+        }
+        if entry.chain_key.is_some() {
+            let why = "this token is bound to a chain key, which a receiver cannot prove: use a \
+                       token without one (waybill token NAME --rotate --no-chain-key)\n";
             return Err(Refuse::new(403, why));
         }
         if !request.offers(SUBPROTOCOL) {
