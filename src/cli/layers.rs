@@ -116,6 +116,10 @@ impl Send {
         Ok(SendLayer {
             to: flags("--to", self.to),
             token_file: flag("--token-file", self.token_file.map(|path| base.join(path))),
+            chain_key_file: flag(
+                "--chain-key-file",
+                self.chain_key_file.map(|path| base.join(path)),
+            ),
             ca: flag("--ca", self.ca.map(|path| base.join(path))),
             balance: switch("--balance", self.balance),
             idle_close: None,
@@ -218,7 +222,7 @@ mod tests {
     }
 
     fn environment() -> Environment {
-        Environment { current_dir: "/work".into(), ..Environment::default() }
+        Environment { current_dir: "/srv/logs".into(), ..Environment::default() }
     }
 
     #[test]
@@ -241,10 +245,10 @@ mod tests {
         assert_eq!(
             inputs,
             [
-                files("/work/a.log"),
+                files("/srv/logs/a.log"),
                 files("/var/log/*.log"),
                 TypedInput::Stdin,
-                TypedInput::UnixDatagram("/work/d.sock".into()),
+                TypedInput::UnixDatagram("/srv/logs/d.sock".into()),
             ]
         );
         assert!(layer.sources.iter().all(|source| source.settings.type_name.is_some()));
@@ -289,7 +293,9 @@ mod tests {
                 let secret = ["token", "password", "key", "secret", "user"]
                     .iter()
                     .any(|word| name.contains(word));
-                let path = ["file", "tokens", "tls-key"].iter().any(|word| name.contains(word))
+                let path = ["file", "tokens", "tls-key", "chain-key"]
+                    .iter()
+                    .any(|word| name.contains(word))
                     || name == "key";
                 assert!(!secret || path, "--{name} of {}", command.get_name());
             }

@@ -122,6 +122,10 @@ pub struct Send {
     /// File that holds the token alone, as 'waybill token' printed it
     #[arg(long, value_name = "FILE", env = "WAYBILL_TOKEN_FILE", help_heading = "Receiver")]
     pub token_file: Option<PathBuf>,
+    /// File with the key to which the token is bound, as 'waybill token --chain-key' wrote it; read
+    /// anew at each connection
+    #[arg(long, value_name = "FILE", env = "WAYBILL_CHAIN_KEY_FILE", help_heading = "Receiver")]
+    pub chain_key_file: Option<PathBuf>,
     /// PEM file of the authorities to trust instead of this machine's own
     #[arg(long, value_name = "PEM", help_heading = "Receiver")]
     pub ca: Option<PathBuf>,
@@ -439,6 +443,7 @@ Examples:
   waybill token web-1 --tokens /etc/waybill/tokens.toml > token
   waybill token web-1 --tokens /etc/waybill/tokens.toml --types nginx,syslog --expires 365d
   waybill token web-1 --tokens /etc/waybill/tokens.toml --certificate web-1.pem > token
+  waybill token web-1 --tokens /etc/waybill/tokens.toml --chain-key chain.key > token
   waybill token web-1 --tokens /etc/waybill/tokens.toml --rotate > token
   waybill token web-1 --tokens /etc/waybill/tokens.toml --revoke
   waybill token --tokens /etc/waybill/tokens.toml --list")]
@@ -456,6 +461,13 @@ pub struct Token {
     /// can follow another
     #[arg(long, value_name = "PEM")]
     pub certificate: Vec<PathBuf>,
+    /// Bind the token to a fresh key, written to this new file for the sender's --chain-key-file: a
+    /// copied token lets nobody in without it. --rotate keeps the key there is
+    #[arg(long, value_name = "FILE")]
+    pub chain_key: Option<PathBuf>,
+    /// With --rotate: the token alone is enough again
+    #[arg(long, requires = "rotate", conflicts_with = "chain_key")]
+    pub no_chain_key: bool,
     /// When it stops working: from now on, such as 90d
     #[arg(long, value_name = "TIME", value_parser = value::duration)]
     pub expires: Option<Duration>,
@@ -463,10 +475,10 @@ pub struct Token {
     #[arg(long, conflicts_with_all = ["revoke", "list"])]
     pub rotate: bool,
     /// Let nobody in with this name's token any more
-    #[arg(long, conflicts_with_all = ["list", "types", "certificate", "expires"])]
+    #[arg(long, conflicts_with_all = ["list", "types", "certificate", "chain_key", "expires"])]
     pub revoke: bool,
     /// Show names, types and ends
-    #[arg(long, conflicts_with_all = ["name", "types", "certificate", "expires"])]
+    #[arg(long, conflicts_with_all = ["name", "types", "certificate", "chain_key", "expires"])]
     pub list: bool,
 }
 

@@ -24,7 +24,7 @@ use crate::config::{
 };
 use crate::exit::Exit;
 use crate::search::{QueryError, SearchArgs, SearchTarget};
-use crate::tokens::Terms;
+use crate::tokens::{ChainTerm, Terms};
 use crate::{shutdown, telemetry, tls};
 
 use token::TokenAction;
@@ -70,11 +70,13 @@ fn token(args: cli::Token, environment: &Environment) -> anyhow::Result<Exit> {
         .iter()
         .map(|file| tls::fingerprint_of_file(&environment.current_dir.join(file)))
         .collect();
-    let terms = Terms { types, certificates: certificates?, expires };
+    let chain = if args.no_chain_key { ChainTerm::Drop } else { ChainTerm::Keep };
+    let terms = Terms { types, certificates: certificates?, chain, expires };
+    let chain_key = args.chain_key.map(|file| environment.current_dir.join(file));
     let action = match args.name {
-        Some(name) if args.rotate => TokenAction::Rotate { name, terms },
+        Some(name) if args.rotate => TokenAction::Rotate { name, terms, chain_key },
         Some(name) if args.revoke => TokenAction::Revoke { name },
-        Some(name) => TokenAction::Mint { name, terms },
+        Some(name) => TokenAction::Mint { name, terms, chain_key },
         None => TokenAction::List,
     };
     token::run(&file, action)?;

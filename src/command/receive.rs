@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::config::ReceiveConfig;
-use crate::destination::{Destination, Queue};
+use crate::destination::{Destination, Lookup, Queue};
 use crate::receiver::{Dial, Receiver};
 use crate::shutdown::Shutdown;
 use crate::tls;
@@ -23,8 +23,10 @@ pub async fn run(config: ReceiveConfig, shutdown: Shutdown) -> anyhow::Result<()
     let client_ca = config.client_ca.as_deref();
     let tls = config.tls.as_ref().map(|files| tls::server_config(files, client_ca)).transpose()?;
     let destination = Destination::open(&config.destination)?;
+    let lookup = Lookup::new(&config.destination)?;
     let queue = Arc::new(Queue::default());
-    let receiver = Receiver::new(&config, &destination, Arc::clone(&queue), shutdown.clone())?;
+    let receiver =
+        Receiver::new(&config, &destination, lookup, Arc::clone(&queue), shutdown.clone())?;
     let dials: Result<Vec<Dial>, _> = config.dials.into_iter().map(Dial::new).collect();
     let dials = dials?;
     let encrypted = tls.is_some();

@@ -1,11 +1,16 @@
 //! `waybill token`: mints, replaces, revokes and lists the tokens of a file.
 
-use std::io::Write as _;
-use std::path::Path;
+use std::fs::{self, File};
+use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
 
+use anyhow::{Context as _, bail};
 use jiff::Timestamp;
 
-use crate::tokens::{self, Terms, Tokens};
+use crate::protocol::ChainKey;
+use crate::record::escape_path;
+use crate::tokens::{self, ChainTerm, Terms, Tokens, TokensError};
 
 /// What to do with a tokens file.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -16,6 +21,8 @@ pub enum TokenAction {
         name: String,
         /// What goes with it.
         terms: Terms,
+        /// Where a fresh chain key goes.
+        chain_key: Option<PathBuf>,
     },
     /// Another token for a known sender; the old one ends.
     Rotate {
@@ -23,6 +30,8 @@ pub enum TokenAction {
         name: String,
         /// What goes with it from now on.
         terms: Terms,
+        /// Where a fresh chain key goes.
+        chain_key: Option<PathBuf>,
     },
     /// The end of a sender's token.
     Revoke {
@@ -38,11 +47,13 @@ pub enum TokenAction {
 pub fn run(file: &Path, action: TokenAction) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     match action {
-        TokenAction::Mint { name, terms } => {
-            writeln!(out, "{}", tokens::mint(file, &name, terms)?)?;
+        TokenAction::Mint { name, terms, chain_key } => {
+            let token = enrol(chain_key, terms, |terms| tokens::mint(file, &name, terms))?;
+            writeln!(out, "{token}")?;
         }
-        TokenAction::Rotate { name, terms } => {
-            writeln!(out, "{}", tokens::rotate(file, &name, terms)?)?;
+        TokenAction::Rotate { name, terms, chain_key } => {
+            let token = enrol(chain_key, terms, |terms| tokens::rotate(file, &name, terms))?;
+            writeln!(out, "{token}")?;
         }
         TokenAction::Revoke { name } => {
             tokens::revoke(file, &name)?;
@@ -54,6 +65,39 @@ pub fn run(file: &Path, action: TokenAction) -> anyhow::Result<()> {
     }
     out.flush()?;
     Ok(())
+}
+
+/// Makes a chain key where one is asked for, then the token. A key whose token was not made is
+/// removed again.
+fn enrol(
+    chain_key: Option<PathBuf>,
+    terms: Terms,
+    make: impl FnOnce(Terms) -> Result<String, TokensError>,
+) -> anyhow::Result<String> {
+    let Some(path) = chain_key else { return Ok(make(terms)?) };
+    let key = ChainKey::mint().context("the system has no random bytes for a chain key")?;
+    let shown = escape_path(&path);
+    match write_key(&path, &key) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            bail!("{shown} exists, and no chain key is written over: name a new file")
+        }
+        written => written.with_context(|| format!("chain key {shown} cannot be written"))?,
+    }
+    let made = make(Terms { chain: ChainTerm::Require(key), ..terms });
+    if made.is_err() {
+        let _ = fs::remove_file(&path);
+    }
+    let token = made?;
+    anstream::eprintln!(
+        "chain key in {shown}: take it to the sender beside the token, for --chain-key-file"
+    );
+    Ok(token)
+}
+
+fn write_key(path: &Path, key: &ChainKey) -> io::Result<()> {
+    let mut file = File::options().write(true).create_new(true).mode(0o600).open(path)?;
+    file.write_all(format!("{}\n", key.text()).as_bytes())?;
+    file.sync_all()
 }
 
 fn list(tokens: &Tokens, now: Timestamp) -> String {
@@ -72,8 +116,9 @@ fn list(tokens: &Tokens, now: Timestamp) -> String {
             0 => String::new(),
             count => format!("  certificates {count}"),
         };
+        let chained = if entry.chain_key.is_some() { "  chained" } else { "" };
         text.push_str(&format!(
-            "{:width$}  {}  created {:.0}  {state}  types {}{certificates}\n",
+            "{:width$}  {}  created {:.0}  {state}  types {}{certificates}{chained}\n",
             name(entry),
             entry.id,
             entry.created,
@@ -87,6 +132,26 @@ fn list(tokens: &Tokens, now: Timestamp) -> String {
 mod tests {
     use super::*;
     use crate::record::TypeName;
+
+    #[test]
+    fn a_chain_key_is_never_written_over_and_goes_if_its_token_cannot_be_made() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = |name: &str| dir.path().join(name);
+        let mint = |key: &str| {
+            let (terms, chain_key) = (Terms::default(), Some(path(key)));
+            run(&path("tokens"), TokenAction::Mint { name: "a".to_owned(), terms, chain_key })
+        };
+        mint("key").expect("enrolled");
+        let text = fs::read_to_string(path("key")).expect("a key");
+        let key = ChainKey::parse(&text).expect("a key");
+        let tokens = Tokens::load(&path("tokens")).expect("tokens");
+        assert_eq!(tokens.entries()[0].chain_key, Some(key));
+        assert!(list(&tokens, Timestamp::now()).ends_with("  chained\n"));
+        assert!(mint("key").expect_err("exists").to_string().contains("name a new file"));
+        mint("other").expect_err("the name is taken");
+        assert!(!path("other").exists());
+        assert_eq!(fs::read_to_string(path("key")).expect("a key"), text);
+    }
 
     #[test]
     fn the_list_shows_every_state_and_no_hash() {

@@ -9,6 +9,7 @@ use std::str::FromStr;
 use super::Identity;
 use super::problem::{At, Findings, Place};
 use super::value::ValueError;
+use crate::protocol::ChainKey;
 
 /// The longest path of a Unix socket in bytes (`sun_path` less its NUL, unix(7)).
 const SOCKET_PATH_BYTES_MAX: usize = 107;
@@ -135,7 +136,24 @@ fn readable(at: &At<PathBuf>, findings: &mut Findings) -> Option<(fs::Metadata, 
 
 /// A file with a secret: readable, not empty; a warning where every user can read it.
 pub(super) fn secret_file(at: &At<PathBuf>, findings: &mut Findings) {
-    let Some((metadata, text)) = readable(at, findings) else { return };
+    secret(at, findings);
+}
+
+/// A chain key, likewise.
+pub(super) fn chain_key_file(at: &At<PathBuf>, findings: &mut Findings) {
+    let Some(text) = secret(at, findings) else { return };
+    if !text.trim().is_empty() && ChainKey::parse(&text).is_none() {
+        let message = format!(
+            "{} holds no chain key, which is one line of 44 characters (32 bytes in base64): take the \
+             file that 'waybill token NAME --chain-key FILE' wrote",
+            at.value.display()
+        );
+        findings.problem(&at.place, message);
+    }
+}
+
+fn secret(at: &At<PathBuf>, findings: &mut Findings) -> Option<String> {
+    let (metadata, text) = readable(at, findings)?;
     let path = at.value.display();
     if text.trim().is_empty() {
         findings.problem(&at.place, format!("{path} is empty"));
@@ -144,6 +162,7 @@ pub(super) fn secret_file(at: &At<PathBuf>, findings: &mut Findings) {
         let message = format!("every user can read {path}: chmod 600 {path}");
         findings.warning(&at.place, &message);
     }
+    Some(text)
 }
 
 /// The tokens file of a side that lets in whom it lists.

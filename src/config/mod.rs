@@ -53,6 +53,8 @@ pub struct Loaded<T> {
 pub struct SendConfig {
     /// Who opens the connection with a receiver.
     pub connection: ConnectionConfig,
+    /// File that holds the chain key alone; read anew at each connection.
+    pub chain_key_file: Option<PathBuf>,
     /// Where the durable state lies.
     pub state_dir: PathBuf,
     /// What is read.

@@ -39,6 +39,8 @@ pub struct SendLayer {
     pub to: Vec<At<Endpoint>>,
     /// `--token-file`, `token_file`.
     pub token_file: Option<At<PathBuf>>,
+    /// `--chain-key-file`, `chain_key_file`.
+    pub chain_key_file: Option<At<PathBuf>>,
     /// `--ca`, `ca`.
     pub ca: Option<At<PathBuf>>,
     /// `--balance`, `balance`.
@@ -101,6 +103,7 @@ impl SendLayer {
         SendLayer {
             to: source::either(self.to, under.to),
             token_file: self.token_file.or(under.token_file),
+            chain_key_file: self.chain_key_file.or(under.chain_key_file),
             ca: self.ca.or(under.ca),
             balance: self.balance.or(under.balance),
             idle_close: self.idle_close.or(under.idle_close),
@@ -131,6 +134,7 @@ impl SendLayer {
         SendLayer {
             to: table.list("to", value::endpoint),
             token_file: table.path("token_file"),
+            chain_key_file: table.path("chain_key_file"),
             ca: table.path("ca"),
             balance: table.boolean("balance"),
             idle_close: table.text("idle_close", value::duration),
@@ -216,6 +220,9 @@ fn check(
     let log = std::mem::take(&mut layer.log).check();
     let plain_allowed = layer.insecure_plaintext.as_ref().is_some_and(|at| at.value);
     let connection = check_connection(&mut layer, plain_allowed, environment, &mut findings);
+    if let Some(at) = &layer.chain_key_file {
+        check::chain_key_file(at, &mut findings);
+    }
     if let Some(at) = layer.rate_limit.as_ref().filter(|at| at.value < RATE_LIMIT_MIN) {
         findings.problem(&at.place, "must be at least 1KiB, per second");
     }
@@ -236,6 +243,7 @@ fn check(
         receipts == Some(ReceiptsTarget::Stdout) && environment.stdout_is_terminal;
     let config = connection.zip(state_dir).map(|(connection, state_dir)| SendConfig {
         connection,
+        chain_key_file: layer.chain_key_file.map(|at| at.value),
         state_dir,
         sources,
         once: layer.once,

@@ -6,6 +6,7 @@
 
 pub mod elasticsearch;
 pub mod embedded;
+mod lookup;
 mod queue;
 mod reply;
 
@@ -24,6 +25,7 @@ use crate::record::{Day, Record};
 use elasticsearch::Elasticsearch;
 use embedded::Store;
 
+pub use lookup::{Found, Lookup, LookupError};
 pub use queue::Queue;
 pub use reply::{Inbox, Reply};
 

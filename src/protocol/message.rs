@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::Chain;
 use crate::record::{Day, IndexRule, Row, SenderId, TypeName};
 
 /// Any control message.
@@ -55,6 +56,9 @@ pub struct Hello {
     /// Program and version, for the receiver's log.
     #[serde(default)]
     pub agent: String,
+    /// The answer to the receiver's challenge, of a sender that has a chain key.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chain: Option<Chain>,
 }
 
 /// What a receiver answers.

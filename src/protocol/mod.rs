@@ -3,9 +3,11 @@
 //! Control messages are JSON in WebSocket text messages; data frames are binary. `docs/protocol.md`
 //! describes the same for strangers, and the tests hold the two together.
 
+mod chain;
 mod frame;
 mod message;
 
+pub use chain::{CHALLENGE_HEADER, Chain, ChainKey, Challenge};
 pub use frame::{DataFrame, FRAME_HEADER_BYTES, FrameError, FrameFlags};
 pub use message::{
     Control, DayBounds, Drain, Hello, Limits, Open, Receipt, RefusalCode, Refused, Run, Verdict,

@@ -75,7 +75,7 @@ pub(super) enum Ended {
     AfterReceipts,
     /// None had.
     Early,
-    /// The sender wants no more of it: its token ended, or another took over.
+    /// One side wants no more of it: a token ended, another took over, or a key was not proven.
     SentAway,
 }
 
@@ -89,7 +89,11 @@ pub(super) async fn serve(receiver: Arc<Receiver>, accepted: Accepted, socket: S
     let peer = accepted.peer.clone();
     let receipted = Arc::new(AtomicBool::new(false));
     let mut connection = Connection {
-        session: Session::new(accepted.sender.clone(), Arc::clone(&receiver.terms)),
+        session: Session::new(
+            accepted.sender.clone(),
+            accepted.challenge.clone(),
+            Arc::clone(&receiver.terms),
+        ),
         tokens: receiver.tokens.clone(),
         hello_until: Instant::now() + receiver.hello_timeout,
         receiver,
@@ -106,6 +110,8 @@ pub(super) async fn serve(receiver: Arc<Receiver>, accepted: Accepted, socket: S
     let end = until_the_end(&name, &peer, driving, write(sender, written)).await;
     match end {
         End::Closed { code: close::POLICY, .. } => Ended::SentAway,
+        // Dialled again at once, it would do the same again.
+        End::Violation(Violation { is_unproven: true, .. }) => Ended::SentAway,
         _ if receipted.load(Ordering::Relaxed) => Ended::AfterReceipts,
         _ => Ended::Early,
     }
@@ -134,7 +140,13 @@ pub(super) async fn until_the_end(
         }
         End::Lost(error) => info!(sender = ?name, %peer, %error, "connection lost"),
         End::Dead => info!(sender = ?name, %peer, "connection dead: nothing came in"),
-        End::Violation(Violation { code, reason }) => {
+        End::Violation(Violation { code, reason, is_unproven: true }) => {
+            warn!(
+                sender = ?name, %peer, code, reason = ?reason,
+                "refused: the token came without proof of its chain key; a copied token?"
+            );
+        }
+        End::Violation(Violation { code, reason, .. }) => {
             warn!(sender = ?name, %peer, code, reason = ?reason, "sender broke the protocol");
         }
         End::Ours { code, reason } => info!(sender = ?name, code, reason, "closing"),
@@ -324,6 +336,7 @@ impl Connection {
                 let answer = self.session.text(&text, Day::today())?;
                 if let (None, Some(instance)) = (before, self.session.instance()) {
                     self.receiver.instances.note(&self.accepted.sender, instance);
+                    self.compare();
                 }
                 if let Some(answer) = answer {
                     self.send(&answer);
@@ -338,6 +351,14 @@ impl Connection {
             Incoming::Close { code, reason } => return Err(End::Closed { code, reason }),
         }
         Ok(())
+    }
+
+    /// Looks for the document that the sender says it has a receipt for, in a task of its own: the
+    /// connection does not wait for the destination.
+    fn compare(&mut self) {
+        let Some(claim) = self.session.take_claim() else { return };
+        let (receiver, sender) = (Arc::clone(&self.receiver), self.accepted.sender.clone());
+        tokio::spawn(async move { receiver.claims.check(&sender, &claim).await });
     }
 
     /// Waits for memory only where there is none right now.

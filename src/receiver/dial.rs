@@ -17,10 +17,10 @@ use super::gate::{Accepted, Proof, Speaks};
 use super::session::Sender;
 use super::{Receiver, Tokens};
 use crate::config::DialledSender;
-use crate::protocol::SUBPROTOCOL;
+use crate::protocol::{Challenge, SUBPROTOCOL};
 use crate::record::escape_path;
 use crate::tls::{ClientConfig, TlsError, client_config};
-use crate::transport::{ConnectError, Pause, Retry, Socket, connect};
+use crate::transport::{ConnectError, Offer, Pause, Retry, Socket, connect};
 
 /// How long a connection attempt may take, from name to upgrade.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
@@ -37,6 +37,8 @@ pub struct Dial {
 enum DialError {
     #[error("token file {path}: {source}; mint a token at the sender with `waybill token NAME`")]
     TokenFile { path: String, source: std::io::Error },
+    #[error("the system has no random bytes: {0}")]
+    Random(#[from] getrandom::Error),
     #[error(transparent)]
     Connect(#[from] ConnectError),
 }
@@ -45,13 +47,14 @@ impl DialError {
     fn needs_a_person(&self) -> bool {
         match self {
             DialError::TokenFile { .. } => true,
+            DialError::Random(_) => false,
             DialError::Connect(error) => error.needs_a_person(),
         }
     }
 
     fn retry_after(&self) -> Option<Duration> {
         match self {
-            DialError::TokenFile { .. } => None,
+            DialError::TokenFile { .. } | DialError::Random(_) => None,
             DialError::Connect(error) => error.retry_after(),
         }
     }
@@ -76,14 +79,15 @@ impl Dial {
         loop {
             let attempt = async {
                 let sender = entry(&mut tokens, name, &receiver.tokens_file).await;
-                self.connect().await.map(|socket| (sender, socket))
+                let challenge = Challenge::mint()?;
+                self.connect(&challenge).await.map(|socket| (sender, challenge, socket))
             };
             let attempt = tokio::select! {
                 () = shutdown.requested() => return,
                 attempt = attempt => attempt,
             };
             let delay = match attempt {
-                Ok((sender, socket)) => {
+                Ok((sender, challenge, socket)) => {
                     retry.connected();
                     info!(sender = ?name, url = %endpoint.url, "dialled");
                     let accepted = Accepted {
@@ -91,6 +95,7 @@ impl Dial {
                         proof: Proof::Address,
                         peer: endpoint.url.clone(),
                         speaks: Speaks::Frames,
+                        challenge,
                         _slot: None,
                     };
                     match connection::serve(Arc::clone(&receiver), accepted, socket).await {
@@ -115,13 +120,15 @@ impl Dial {
         }
     }
 
-    async fn connect(&self) -> Result<Socket, DialError> {
+    async fn connect(&self, challenge: &Challenge) -> Result<Socket, DialError> {
         let path = &self.config.token_file;
         let token = tokio::fs::read_to_string(path)
             .await
             .map_err(|source| DialError::TokenFile { path: escape_path(path), source })?;
         let (endpoint, tls) = (&self.config.endpoint, self.tls.clone());
-        Ok(connect(endpoint, tls, token.trim(), SUBPROTOCOL, CONNECT_TIMEOUT).await?)
+        let challenge = Some(challenge);
+        let offer = Offer { challenge, ..Offer::new(token.trim(), SUBPROTOCOL) };
+        Ok(connect(endpoint, tls, &offer, CONNECT_TIMEOUT).await?)
     }
 }
 

@@ -11,7 +11,7 @@ use uuid::Uuid;
 use super::Receiver;
 use super::session::Sender;
 use super::text;
-use crate::protocol::{SUBPROTOCOL, TEXT_SUBPROTOCOL};
+use crate::protocol::{Challenge, SUBPROTOCOL, TEXT_SUBPROTOCOL};
 use crate::record::SenderId;
 use crate::tls::{self, Fingerprint};
 use crate::tokens::{self, Entry, TokenHash, Tokens};
@@ -26,6 +26,10 @@ const RETRY_AFTER: Duration = Duration::from_secs(5);
 /// Two instances under one token within this time are reported.
 const INSTANCES_WITHIN: Duration = Duration::from_secs(600);
 
+/// Why a client without `hello` cannot use such a token.
+const CHAINED_TEXT: &str = "this token is bound to a chain key, which waybill.text.v1 cannot prove: \
+                            use a token without one (waybill token NAME --rotate --no-chain-key)\n";
+
 /// A sender that is known.
 #[derive(Debug)]
 pub struct Accepted {
@@ -34,6 +38,8 @@ pub struct Accepted {
     /// Its address, or the URL that was dialled, for the log.
     pub(super) peer: String,
     pub(super) speaks: Speaks,
+    /// What its `hello` is to answer.
+    pub(super) challenge: Challenge,
     /// Held while the connection lives; none for one that was dialled, which is one of few.
     pub(super) _slot: Option<Slot>,
 }
@@ -90,7 +96,12 @@ impl Speaks {
 
 impl Sender {
     pub(super) fn of(entry: &Entry) -> Sender {
-        Sender { id: entry.id, name: entry.name.clone(), types: entry.allowed_types() }
+        Sender {
+            id: entry.id,
+            name: entry.name.clone(),
+            types: entry.allowed_types(),
+            chain_key: entry.chain_key.clone(),
+        }
     }
 }
 
@@ -100,7 +111,11 @@ pub(super) fn answer(receiver: &Receiver, request: &Request) -> Answer<Accepted>
         return Answer::Refuse(plain(receiver, request));
     }
     match admit(receiver, request) {
-        Ok(session) => Answer::Accept { subprotocol: session.speaks.subprotocol(), session },
+        Ok(session) => {
+            let says_hello = matches!(session.speaks, Speaks::Frames);
+            let challenge = says_hello.then(|| session.challenge.clone());
+            Answer::Accept { subprotocol: session.speaks.subprotocol(), challenge, session }
+        }
         Err(refuse) => {
             info!(peer = %request.peer(), status = refuse.status, why = refuse.body.trim_end(), "refused");
             Answer::Refuse(refuse)
@@ -136,6 +151,9 @@ fn admit(receiver: &Receiver, request: &Request) -> Result<Accepted, Refuse> {
     let speaks = if request.offers(SUBPROTOCOL) {
         Speaks::Frames
     } else if request.offers(TEXT_SUBPROTOCOL) {
+        if sender.chain_key.is_some() {
+            return Err(Refuse::new(403, CHAINED_TEXT));
+        }
         Speaks::Lines(text::Origin::read(request.query(), &sender)?)
     } else {
         let text =
@@ -146,8 +164,11 @@ fn admit(receiver: &Receiver, request: &Request) -> Result<Accepted, Refuse> {
         let text = format!("this sender has {CONNECTIONS_MAX} connections open already\n");
         Refuse::later(429, text, RETRY_AFTER)
     })?;
+    let challenge = Challenge::mint().map_err(|_| {
+        Refuse::later(503, "the receiver's system has no random bytes\n", RETRY_AFTER)
+    })?;
     let peer = request.peer().to_string();
-    Ok(Accepted { sender, proof, peer, speaks, _slot: Some(slot) })
+    Ok(Accepted { sender, proof, peer, speaks, challenge, _slot: Some(slot) })
 }
 
 fn authenticate(receiver: &Receiver, request: &Request) -> Result<(Sender, Proof), Refuse> {

@@ -4,6 +4,7 @@
 //! destination empties. It must never pass on a frame whose sender, type, day or index rule was not checked
 //! (I4, I8), nor hold more than its bytes (I7), nor make up a verdict (I1).
 
+mod chain;
 mod connection;
 mod dial;
 mod gate;
@@ -25,11 +26,12 @@ pub use dial::Dial;
 pub use gate::Accepted;
 
 use crate::config::ReceiveConfig;
-use crate::destination::{Destination, Frame, Queue};
+use crate::destination::{Destination, Frame, Lookup, Queue};
 use crate::protocol::FRAME_BYTES_MAX;
 use crate::shutdown::Shutdown;
 use crate::tokens::{self, Tokens, TokensError};
 use crate::transport::{Answer, Handler, Listener, Request, Socket};
+use chain::Claims;
 use gate::{Instances, Slots, Speaks};
 use health::Health;
 use session::Terms;
@@ -54,6 +56,7 @@ pub struct Receiver {
     memory_bytes_max: usize,
     slots: Slots,
     instances: Instances,
+    claims: Claims,
     health: Health,
     /// Connections that are being served.
     sessions: TaskTracker,
@@ -64,10 +67,11 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    /// Reads the tokens file; `destination` is what will empty `queue`.
+    /// Reads the tokens file; `destination` is what will empty `queue`, and `lookup` reads it.
     pub fn new(
         config: &ReceiveConfig,
         destination: &Destination,
+        lookup: Lookup,
         queue: Arc<Queue>,
         shutdown: Shutdown,
     ) -> Result<Receiver, TokensError> {
@@ -97,6 +101,7 @@ impl Receiver {
             memory_bytes_max,
             slots: Slots::default(),
             instances: Instances::default(),
+            claims: Claims::new(lookup),
             health: Health::new(destination.health()),
             sessions: TaskTracker::new(),
             shutdown,

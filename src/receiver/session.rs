@@ -10,11 +10,12 @@ use thiserror::Error;
 use tracing::{info, warn};
 use uuid::Uuid;
 
+use super::chain::Claim;
 use super::outstanding::Outstanding;
 use crate::parse::Segment;
 use crate::protocol::{
-    Control, DataFrame, DayBounds, FRAME_BYTES_MAX, FRAMES_OUTSTANDING_MAX, FrameError, Hello,
-    Limits, Open, Receipt, RefusalCode, Refused, VERSION, Welcome,
+    ChainKey, Challenge, Control, DataFrame, DayBounds, FRAME_BYTES_MAX, FRAMES_OUTSTANDING_MAX,
+    FrameError, Hello, Limits, Open, Receipt, RefusalCode, Refused, VERSION, Welcome,
 };
 use crate::record::{Day, IndexRule, OFFSET_MAX, Row, SenderId, TypeName};
 use crate::transport::close;
@@ -33,6 +34,8 @@ pub(super) struct Sender {
     pub(super) id: SenderId,
     pub(super) name: String,
     pub(super) types: Vec<TypeName>,
+    /// What it must prove to have.
+    pub(super) chain_key: Option<ChainKey>,
 }
 
 /// What a receiver tells every sender and checks every segment against.
@@ -61,11 +64,25 @@ pub(super) struct Violation {
     pub(super) code: u16,
     /// For the close frame and the log.
     pub(super) reason: String,
+    /// It has the token and does not prove its chain key.
+    pub(super) is_unproven: bool,
 }
 
 impl Violation {
     pub(super) fn new(code: u16, reason: impl Into<String>) -> Violation {
-        Violation { code, reason: reason.into() }
+        Violation { code, reason: reason.into(), is_unproven: false }
+    }
+
+    /// The sender has the token and not its chain key. The reason fits into a close frame.
+    fn unproven(hello: &Hello) -> Violation {
+        let reason = match hello.chain {
+            None => "this token needs its chain key: give the sender --chain-key-file FILE",
+            Some(_) => {
+                "the chain key is not this token's: copy the right file for --chain-key-file, or \
+                 waybill token NAME --rotate --chain-key FILE"
+            }
+        };
+        Violation { is_unproven: true, ..Violation::new(close::POLICY, reason) }
     }
 }
 
@@ -96,8 +113,10 @@ pub(super) struct Taken {
 #[derive(Debug)]
 pub(super) struct Session {
     sender: Sender,
+    challenge: Challenge,
     terms: Arc<Terms>,
     state: State,
+    claim: Option<Claim>,
     segments: HashMap<u32, Declared>,
     outstanding: Outstanding,
 }
@@ -116,11 +135,13 @@ enum Declared {
 }
 
 impl Session {
-    pub(super) fn new(sender: Sender, terms: Arc<Terms>) -> Session {
+    pub(super) fn new(sender: Sender, challenge: Challenge, terms: Arc<Terms>) -> Session {
         Session {
             sender,
+            challenge,
             terms,
             state: State::AwaitsHello,
+            claim: None,
             segments: HashMap::new(),
             outstanding: Outstanding::default(),
         }
@@ -132,6 +153,11 @@ impl Session {
             State::AwaitsHello => None,
             State::Open { instance } => Some(instance),
         }
+    }
+
+    /// What a sender that has proven its key says of its last receipt, once.
+    pub(super) fn take_claim(&mut self) -> Option<Claim> {
+        self.claim.take()
     }
 
     /// Whether no frame awaits a receipt.
@@ -168,6 +194,12 @@ impl Session {
                 hello.version
             );
             return Err(Violation::new(close::PROTOCOL, reason));
+        }
+        if let Some(key) = &self.sender.chain_key {
+            let chain = hello.chain.as_ref().filter(|chain| chain.is_answer(key, &self.challenge));
+            let chain = chain.ok_or_else(|| Violation::unproven(hello))?;
+            let last = chain.index.clone().zip(chain.id.clone());
+            self.claim = last.map(|(index, id)| Claim { index, id });
         }
         info!(
             sender = ?self.sender.name, instance = %hello.instance, agent = ?hello.agent,

@@ -19,7 +19,7 @@ use crate::protocol::{
 };
 use crate::record::{Day, Format, Framing, IndexRule, Prefix, Row, SegmentId, SenderId};
 use crate::transport::{
-    ConnectError, Incoming, Outgoing, SocketReceiver, SocketSender, close, connect,
+    ConnectError, Incoming, Offer, Outgoing, SocketReceiver, SocketSender, close, connect,
 };
 
 const LONG: Duration = Duration::from_secs(60);
@@ -71,7 +71,8 @@ fn serve_with(change: impl FnOnce(&mut ReceiveConfig, &mut Duration)) -> Server 
     let token = tokens::mint(&config.tokens, "web-1", tokens::Terms::default()).expect("mint");
     let (queue, shutdown) = (Arc::new(Queue::default()), Shutdown::new());
     let store = Destination::open(&config.destination).expect("store");
-    let new = Receiver::new(&config, &store, Arc::clone(&queue), shutdown.clone());
+    let lookup = Lookup::new(&config.destination).expect("lookup");
+    let new = Receiver::new(&config, &store, lookup, Arc::clone(&queue), shutdown.clone());
     let mut receiver = new.expect("receiver");
     receiver.hello_timeout = hello_timeout;
     receiver.tokens_interval = Duration::from_millis(5);
@@ -112,7 +113,8 @@ fn endpoint(address: SocketAddr) -> Endpoint {
 }
 
 async fn dial(server: &Server, token: &str) -> Result<Client, ConnectError> {
-    let socket = connect(&endpoint(server.address), None, token, SUBPROTOCOL, LONG).await?;
+    let socket =
+        connect(&endpoint(server.address), None, &Offer::new(token, SUBPROTOCOL), LONG).await?;
     let (sender, receiver) = socket.split();
     Ok(Client { sender, receiver })
 }
@@ -180,6 +182,7 @@ impl Client {
             features: vec!["zstd".to_owned(), "later".to_owned()],
             instance: Uuid::from_u128(7),
             agent: "test".to_owned(),
+            chain: None,
         };
         self.text(&Control::Hello(hello).encode()).await;
         match self.control().await {

@@ -5,11 +5,13 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use thiserror::Error;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 use uuid::Uuid;
 
+use super::chain::{Answerer, ChainKeyError};
 use super::link::{Letter, Link, Links};
 use crate::protocol::{Control, Hello, VERSION, Welcome};
 use crate::transport::{
@@ -33,6 +35,8 @@ pub struct Connections {
     pub compress: bool,
     /// Most bytes per second that a connection writes.
     pub rate_limit: Option<u64>,
+    /// What answers a receiver's challenge, where there is a chain key.
+    pub chain: Option<Answerer>,
     /// Where links are published while they live.
     pub links: watch::Sender<Links>,
     /// Ends everything.
@@ -64,6 +68,38 @@ impl Open {
     }
 }
 
+/// Why there is no understanding.
+#[derive(Debug, Error)]
+pub enum GreetError {
+    /// The receiver's challenge cannot be answered.
+    #[error(transparent)]
+    ChainKey(#[from] ChainKeyError),
+    /// The receiver does not want this sender.
+    #[error("the receiver closed with code {code}: {reason:?}")]
+    Closed {
+        /// RFC 6455 §7.4.1.
+        code: u16,
+        /// In its words: what mends it, as a rule.
+        reason: String,
+    },
+    /// Anything else.
+    #[error("{0}")]
+    Failed(String),
+}
+
+impl GreetError {
+    /// Whether trying again is of no use before a person mends something.
+    pub fn needs_a_person(&self) -> bool {
+        matches!(self, GreetError::ChainKey(_) | GreetError::Closed { code: close::POLICY, .. })
+    }
+}
+
+impl From<SocketError> for GreetError {
+    fn from(error: SocketError) -> GreetError {
+        GreetError::Failed(error.to_string())
+    }
+}
+
 /// How a connection ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Ended {
@@ -85,8 +121,12 @@ pub struct Close {
 }
 
 impl Connections {
-    /// Says `hello` and hears `welcome`; the error says why there is no understanding.
-    pub async fn greet(&self, socket: Socket) -> Result<Greeted, String> {
+    /// Says `hello` to `receiver` and hears `welcome`.
+    pub async fn greet(&self, receiver: &str, socket: Socket) -> Result<Greeted, GreetError> {
+        let chain = match &self.chain {
+            Some(chain) => chain.answer(receiver, socket.challenge()).await?,
+            None => None,
+        };
         let heartbeat = socket.heartbeat();
         let (mut to_socket, mut from_socket) = socket.split();
         let hello = Control::Hello(Hello {
@@ -94,11 +134,12 @@ impl Connections {
             features: vec!["zstd".to_owned()],
             instance: self.instance,
             agent: concat!("waybill/", env!("CARGO_PKG_VERSION")).to_owned(),
+            chain,
         });
         let greeting = greet(&mut to_socket, &mut from_socket, hello);
         match tokio::time::timeout(WELCOME_TIMEOUT, greeting).await {
             Ok(welcome) => Ok(Greeted { welcome: welcome?, to_socket, from_socket, heartbeat }),
-            Err(_) => Err("the receiver did not answer hello".to_owned()),
+            Err(_) => Err(GreetError::Failed("the receiver did not answer hello".to_owned())),
         }
     }
 
@@ -211,12 +252,10 @@ async fn greet(
     to_socket: &mut SocketSender,
     from_socket: &mut SocketReceiver,
     hello: Control,
-) -> Result<Welcome, String> {
-    let said = match to_socket.feed(Outgoing::Text(hello.encode())).await {
-        Ok(()) => to_socket.flush().await,
-        Err(error) => Err(error),
-    };
-    said.map_err(|error| error.to_string())?;
+) -> Result<Welcome, GreetError> {
+    to_socket.feed(Outgoing::Text(hello.encode())).await?;
+    to_socket.flush().await?;
+    let failed = |text: &str| Err(GreetError::Failed(text.to_owned()));
     loop {
         match from_socket.next().await {
             Some(Ok(Incoming::Text(text))) => {
@@ -224,20 +263,20 @@ async fn greet(
                     Ok(Control::Welcome(welcome)) if welcome.version.abs_diff(VERSION) <= 1 => {
                         Ok(welcome)
                     }
-                    Ok(Control::Welcome(welcome)) => Err(format!(
+                    Ok(Control::Welcome(welcome)) => failed(&format!(
                         "the receiver speaks version {} and this is version {VERSION}: update the \
                          older side",
                         welcome.version
                     )),
-                    _ => Err("the receiver answered hello with something else".to_owned()),
+                    _ => failed("the receiver answered hello with something else"),
                 };
             }
             Some(Ok(Incoming::Close { code, reason })) => {
-                return Err(format!("the receiver closed with code {code}: {reason:?}"));
+                return Err(GreetError::Closed { code, reason });
             }
             Some(Ok(_)) => {}
-            Some(Err(error)) => return Err(error.to_string()),
-            None => return Err("the receiver closed the connection".to_owned()),
+            Some(Err(error)) => return Err(error.into()),
+            None => return failed("the receiver closed the connection"),
         }
     }
 }

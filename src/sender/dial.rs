@@ -8,12 +8,12 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tracing::{error, info, warn};
 
-use super::connection::{Connections, Ended, Greeted};
+use super::connection::{Connections, Ended, GreetError, Greeted};
 use crate::config::{DialConfig, Endpoint};
 use crate::protocol::SUBPROTOCOL;
 use crate::record::escape_path;
 use crate::tls::{ClientConfig, TlsError, client_config};
-use crate::transport::{ConnectError, Pause, Retry, connect};
+use crate::transport::{ConnectError, Offer, Pause, Retry, connect};
 
 /// How long a connection attempt may take, from name to upgrade.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
@@ -36,8 +36,8 @@ pub enum LinkError {
     #[error(transparent)]
     Connect(#[from] ConnectError),
     /// Connected, and no understanding.
-    #[error("{0}")]
-    Greeting(String),
+    #[error(transparent)]
+    Greeting(#[from] GreetError),
 }
 
 impl LinkError {
@@ -46,7 +46,7 @@ impl LinkError {
         match self {
             LinkError::TokenFile { .. } | LinkError::Tls(_) => true,
             LinkError::Connect(error) => error.needs_a_person(),
-            LinkError::Greeting(_) => false,
+            LinkError::Greeting(error) => error.needs_a_person(),
         }
     }
 
@@ -181,8 +181,9 @@ impl Dialler {
             true => Some(self.tls().await?),
             false => None,
         };
-        let socket = connect(endpoint, tls, token.trim(), SUBPROTOCOL, CONNECT_TIMEOUT).await?;
-        self.connections.greet(socket).await.map_err(LinkError::Greeting)
+        let offer = Offer::new(token.trim(), SUBPROTOCOL);
+        let socket = connect(endpoint, tls, &offer, CONNECT_TIMEOUT).await?;
+        Ok(self.connections.greet(&endpoint.url, socket).await?)
     }
 
     /// Reads the authorities and the client certificate, which may have been renewed.
@@ -190,7 +191,7 @@ impl Dialler {
         let (ca, identity) = (self.config.ca.clone(), self.config.identity.clone());
         let read = move || client_config(ca.as_deref(), identity.as_ref());
         let read = tokio::task::spawn_blocking(read).await;
-        Ok(read.map_err(|error| LinkError::Greeting(error.to_string()))??)
+        Ok(read.map_err(|error| GreetError::Failed(error.to_string()))??)
     }
 }
 

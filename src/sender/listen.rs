@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
-use super::connection::{Close, Connections};
+use super::connection::{Close, Connections, GreetError};
 use crate::config::ListenConfig;
 use crate::protocol::SUBPROTOCOL;
 use crate::record::SenderId;
@@ -120,9 +120,9 @@ async fn serve(
         };
         let mut close = std::pin::pin!(close);
         let greeted = tokio::select! {
-            greeted = connections.greet(socket) => greeted,
+            greeted = connections.greet(&name, socket) => greeted,
             // Whoever is still silent needs no close frame.
-            Close { reason, .. } = &mut close => Err(reason.to_owned()),
+            Close { reason, .. } = &mut close => Err(GreetError::Failed(reason.to_owned())),
             () = connections.stop.cancelled() => return None,
         };
         match greeted {
@@ -137,7 +137,7 @@ async fn serve(
                 let open = connections.open(name.clone(), greeted);
                 connections.serve(open, None, close).await;
             }
-            Err(reason) => warn!(receiver = ?name, %peer, "{reason}"),
+            Err(error) => warn!(receiver = ?name, %peer, "{error}"),
         }
     }
     next
@@ -148,7 +148,7 @@ async fn ended(mut tokens: watch::Receiver<Arc<Tokens>>, hash: &TokenHash) {
     while tokens
         .borrow_and_update()
         .find(hash, Timestamp::now())
-        .is_some_and(|entry| entry.accepts(None))
+        .is_some_and(|entry| entry.accepts(None) && entry.chain_key.is_none())
     {
         if tokens.changed().await.is_err() {
             // Nobody looks at the file any more: this process ends.
@@ -188,7 +188,7 @@ impl Handler for Admission {
             return Answer::Refuse(plain(request));
         }
         match self.admit(request) {
-            Ok(session) => Answer::Accept { subprotocol: SUBPROTOCOL, session },
+            Ok(session) => Answer::Accept { subprotocol: SUBPROTOCOL, challenge: None, session },
             Err(refuse) => {
                 let why = refuse.body.trim_end();
                 info!(peer = %request.peer(), status = refuse.status, why, "refused");
@@ -227,6 +227,11 @@ impl Admission {
         // This side asks for none, and must not let in by the token alone what is bound to one.
         if !entry.accepts(None) {
             let why = "this token needs its client certificate, which a sender cannot check\n";
+            return Err(Refuse::new(403, why));
+        }
+        if entry.chain_key.is_some() {
+            let why = "this token is bound to a chain key, which a receiver cannot prove: use a \
+                       token without one (waybill token NAME --rotate --no-chain-key)\n";
             return Err(Refuse::new(403, why));
         }
         if !request.offers(SUBPROTOCOL) {

@@ -3,6 +3,7 @@
 //! `waybill send` calls [`run`]. Each stream is a task of its own ([`stream`]); they share one
 //! connection ([`connection`]) and one durable state. Only a receipt moves a position.
 
+mod chain;
 mod connection;
 mod dial;
 mod follow;
@@ -37,6 +38,7 @@ use crate::state::{self, Entry, State, StateError, machine_identity};
 use crate::telemetry::Progress;
 use crate::tls::{TlsError, client_config};
 
+use chain::Answerer;
 use connection::Connections;
 use dial::{Dialler, LinkError};
 use follow::Follower;
@@ -256,6 +258,7 @@ pub async fn run(config: SendConfig, shutdown: Shutdown) -> Result<Summary, Send
         instance: state.instance(),
         compress: config.compress,
         rate_limit: config.rate_limit,
+        chain: config.chain_key_file.clone().map(|file| Answerer::new(file, state.clone())),
         links: links_sender,
         stop: ending.clone(),
     };

@@ -26,7 +26,7 @@ use uuid::Uuid;
 use crate::record::{Framing, Row, SegmentId};
 
 use journal::{Change, Journal};
-pub use positions::{Fingerprint, Place, Progress, Stamp};
+pub use positions::{Fingerprint, LastReceipted, Place, Progress, Stamp};
 
 /// The file whose flock(2) says that the directory is in use.
 const LOCK: &str = "lock";
@@ -142,6 +142,7 @@ struct Inner {
     sources: BTreeSet<String>,
     surveyed: BTreeSet<String>,
     instance: Uuid,
+    last: Option<LastReceipted>,
     /// Positions that are on disk.
     durable: BTreeMap<SegmentId, u64>,
     dirty: bool,
@@ -166,12 +167,13 @@ impl State {
             Journal::open(dir).map_err(failed("its row journal cannot be opened"))?;
         let loaded = positions::load(dir);
         let rebooted = loaded.boot != positions::boot_id();
-        let progress = loaded.segments;
+        let (progress, last) = (loaded.segments, loaded.last);
         let durable = progress.iter().map(|(id, progress)| (*id, progress.position)).collect();
         let mut inner = Inner {
             journal,
             entries: replayed.entries,
             progress,
+            last,
             sources: replayed.sources,
             surveyed: replayed.surveyed,
             instance: replayed.instance.unwrap_or_else(Uuid::now_v7),
@@ -326,6 +328,18 @@ impl State {
         inner.dirty = true;
     }
 
+    /// Notes the newest document of which a receipt came, likewise.
+    pub fn note_last_receipted(&self, last: LastReceipted) {
+        let mut inner = self.lock();
+        inner.last = Some(last);
+        inner.dirty = true;
+    }
+
+    /// The newest document of which a receipt came, if one was ever noted.
+    pub fn last_receipted(&self) -> Option<LastReceipted> {
+        self.lock().last.clone()
+    }
+
     /// What is known of a run's bytes without receipt was reported as lost: it is not said again.
     pub fn forget_size(&self, run: Uuid) {
         let mut inner = self.lock();
@@ -368,22 +382,26 @@ impl State {
     /// Makes all noted positions durable; does nothing where nothing changed.
     pub fn save(&self) -> io::Result<()> {
         let _saving = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
-        let progress: BTreeMap<SegmentId, Progress> = {
+        let content = {
             let mut inner = self.lock();
             if !inner.dirty {
                 return Ok(());
             }
             inner.dirty = false;
             let live = inner.progress.iter().filter(|(id, _)| inner.entries.contains_key(id));
-            live.map(|(segment, progress)| (*segment, progress.clone())).collect()
+            let segments = live.map(|(segment, progress)| (*segment, progress.clone())).collect();
+            positions::Content { boot: positions::boot_id(), last: inner.last.clone(), segments }
         };
         // Not under the lock: a slow disk must not hold up those who only note a position.
-        let saved = positions::save(&self.dir, &progress);
+        let saved = positions::save(&self.dir, &content);
         let mut inner = self.lock();
         match &saved {
             Ok(()) => {
-                inner.durable =
-                    progress.iter().map(|(id, progress)| (*id, progress.position)).collect();
+                inner.durable = content
+                    .segments
+                    .iter()
+                    .map(|(id, progress)| (*id, progress.position))
+                    .collect();
             }
             Err(_) => inner.dirty = true,
         }

@@ -122,6 +122,17 @@ impl Progress {
     }
 }
 
+/// The last document of which a receipt came.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct LastReceipted {
+    /// From which receiver: its URL, or its name in the tokens file.
+    pub receiver: String,
+    /// The document's index.
+    pub index: String,
+    /// Its id in text.
+    pub id: String,
+}
+
 /// Milliseconds since 1970; 0 for anything earlier.
 pub(super) fn milliseconds(time: SystemTime) -> u64 {
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -133,6 +144,8 @@ pub(super) struct Content {
     /// The kernel's boot_id when they were saved (random(4)).
     #[serde(default)]
     pub boot: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last: Option<LastReceipted>,
     pub segments: BTreeMap<SegmentId, Progress>,
 }
 
@@ -154,9 +167,8 @@ pub(super) fn load(dir: &Path) -> Content {
 }
 
 /// Replaces the positions and keeps the ones before.
-pub(super) fn save(dir: &Path, segments: &BTreeMap<SegmentId, Progress>) -> io::Result<()> {
-    let content = Content { boot: boot_id(), segments: segments.clone() };
-    let json = serde_json::to_vec(&content).expect("positions have string keys only");
+pub(super) fn save(dir: &Path, content: &Content) -> io::Result<()> {
+    let json = serde_json::to_vec(content).expect("positions have string keys only");
     let mut bytes = format!("{:08x} ", crc32c::crc32c(&json)).into_bytes();
     bytes.extend_from_slice(&json);
     match fs::rename(dir.join(NAME), dir.join(PREVIOUS)) {

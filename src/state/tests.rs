@@ -47,6 +47,9 @@ fn names(state: &State) -> Vec<String> {
 fn rows_and_positions_outlive_the_process() {
     let dir = tempfile::tempdir().expect("a folder");
     let (a, b) = (entry("/a"), entry("/b"));
+    let text = str::to_owned;
+    let last =
+        LastReceipted { receiver: text("wss://a/"), index: text("waybill-app"), id: text("id") };
     {
         let state = State::open(dir.path(), "machine").expect("state");
         assert!(state.is_first_run("test"));
@@ -56,6 +59,8 @@ fn rows_and_positions_outlive_the_process() {
         progress.advance(Fingerprint { offset: 77, hash: 5 });
         state.set_progress(a.row.segment, progress);
         state.commit(&[], &[b.row.segment]).expect("drop");
+        assert_eq!(state.last_receipted(), None);
+        state.note_last_receipted(last.clone());
         state.save().expect("save");
     }
     let state = State::open(dir.path(), "machine").expect("state");
@@ -63,6 +68,7 @@ fn rows_and_positions_outlive_the_process() {
     assert_eq!(entries.len(), 1);
     assert_eq!(entries[0].0, a);
     assert_eq!(entries[0].1.position, 77);
+    assert_eq!(state.last_receipted(), Some(last));
     assert!(!state.is_first_run("test"));
     assert!(!state.was_cloned());
 }

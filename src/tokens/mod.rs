@@ -1,10 +1,14 @@
 //! The tokens file: who may enter. Written by `waybill token`, read by the side that listens; a
 //! receiver that dials takes a sender's id from it.
 //!
-//! It holds hashes only, so a copy of it lets nobody in. It is replaced as a whole and durably:
+//! It holds hashes of tokens only, so a copy of it lets nobody in. Chain keys stand in it as they are: a
+//! code made with a key is checked with the same key. It is replaced as a whole and durably:
 //! whoever reads it meets the old one or the new one.
 
 pub mod watch;
+
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -21,6 +25,7 @@ use sha2::{Digest as _, Sha256};
 use subtle::ConstantTimeEq as _;
 use thiserror::Error;
 
+use crate::protocol::ChainKey;
 use crate::record::{DEFAULT_TYPES, SenderId, TypeName};
 use crate::tls::Fingerprint;
 
@@ -29,6 +34,9 @@ const TOKEN_PREFIX: &str = "wb_";
 
 /// Mode of a new tokens file: its owner alone.
 const FILE_MODE: u32 = 0o600;
+
+/// What those who are neither owner nor group may do: nothing, once the file holds a secret.
+const OTHERS: u32 = 0o007;
 
 const HEADER: &str = "\
 # Who may enter here, and a receiver's senders. `waybill token NAME --tokens FILE` adds an entry, and
@@ -55,6 +63,9 @@ pub struct Entry {
     /// Client certificates of which one must come with the token; where empty, none need.
     #[serde(default, skip_serializing_if = "Vec::is_empty", with = "fingerprints")]
     pub certificates: Vec<Fingerprint>,
+    /// What the sender must prove to have beside the token; where missing, the token is enough.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chain_key: Option<ChainKey>,
     /// When the token was minted.
     pub created: Timestamp,
     /// From when on it is refused.
@@ -210,14 +221,38 @@ pub struct Terms {
     pub types: Option<Vec<TypeName>>,
     /// Client certificates of which one must come with the token.
     pub certificates: Vec<Fingerprint>,
+    /// What the sender must prove to have beside the token.
+    pub chain: ChainTerm,
     /// From when on it is refused.
     pub expires: Option<Timestamp>,
+}
+
+/// What becomes of an entry's chain key.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub enum ChainTerm {
+    /// It stays as it is: none, in a new entry.
+    #[default]
+    Keep,
+    /// This is the key from now on.
+    Require(ChainKey),
+    /// The token is enough from now on.
+    Drop,
+}
+
+impl ChainTerm {
+    fn over(self, known: Option<ChainKey>) -> Option<ChainKey> {
+        match self {
+            ChainTerm::Keep => known,
+            ChainTerm::Require(key) => Some(key),
+            ChainTerm::Drop => None,
+        }
+    }
 }
 
 /// Adds an entry with a fresh sender id and gives its token, which is kept nowhere.
 pub fn mint(file: &Path, name: &str, terms: Terms) -> Result<String, TokensError> {
     check_name(name)?;
-    let Terms { types, certificates, expires } = terms;
+    let Terms { types, certificates, chain, expires } = terms;
     check_expiry(expires)?;
     edit(file, true, |tokens| {
         if tokens.entries.iter().any(|entry| entry.name == name) {
@@ -230,6 +265,7 @@ pub fn mint(file: &Path, name: &str, terms: Terms) -> Result<String, TokensError
             sha256: hash(&token),
             types,
             certificates,
+            chain_key: chain.over(None),
             created: Timestamp::now(),
             expires,
             revoked: None,
@@ -240,7 +276,7 @@ pub fn mint(file: &Path, name: &str, terms: Terms) -> Result<String, TokensError
 
 /// Replaces the token of an entry, which keeps its sender id, and lifts a revocation.
 pub fn rotate(file: &Path, name: &str, terms: Terms) -> Result<String, TokensError> {
-    let Terms { types, certificates, expires } = terms;
+    let Terms { types, certificates, chain, expires } = terms;
     check_expiry(expires)?;
     edit(file, false, |tokens| {
         let entry = entry_of(tokens, name, file)?;
@@ -255,6 +291,7 @@ pub fn rotate(file: &Path, name: &str, terms: Terms) -> Result<String, TokensErr
         if !certificates.is_empty() {
             entry.certificates = certificates;
         }
+        entry.chain_key = chain.over(entry.chain_key.take());
         Ok(token)
     })
 }
@@ -342,7 +379,11 @@ fn replace(file: &Path, folder: &Path, tokens: &Tokens) -> io::Result<()> {
                     _ => Err(error),
                 },
             )?;
-            fresh.as_file().set_permissions(old.permissions())?;
+            let mut mode = old.mode() & 0o7777;
+            if tokens.entries.iter().any(|entry| entry.chain_key.is_some()) {
+                mode &= !OTHERS;
+            }
+            fresh.as_file().set_permissions(std::fs::Permissions::from_mode(mode))?;
         }
         Err(_) => {
             fresh.as_file().set_permissions(std::fs::Permissions::from_mode(FILE_MODE))?;
@@ -403,102 +444,5 @@ mod fingerprints {
         let fault = "certificates must be SHA-256 fingerprints, 64 hexadecimal digits each: \
                      openssl x509 -in FILE -noout -fingerprint -sha256";
         all.iter().map(|text| read(text).ok_or_else(|| D::Error::custom(fault))).collect()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn file() -> (tempfile::TempDir, PathBuf) {
-        let dir = tempfile::tempdir().expect("tempdir");
-        let file = dir.path().join("tokens.toml");
-        (dir, file)
-    }
-
-    fn find(file: &Path, token: &str) -> Option<Entry> {
-        Tokens::load(file).expect("load").find(&hash(token), Timestamp::now()).cloned()
-    }
-
-    #[test]
-    fn a_minted_token_is_found_and_is_not_in_the_file() {
-        let (_dir, file) = file();
-        let types = vec!["nginx".parse().expect("type")];
-        let token = mint(&file, "web-1", Terms { types: Some(types.clone()), ..Terms::default() })
-            .expect("mint");
-        assert_eq!(token.len(), 3 + 43);
-        let entry = find(&file, &token).expect("an entry");
-        assert_eq!((entry.name.as_str(), entry.allowed_types()), ("web-1", types));
-        assert!(find(&file, "wb_other").is_none());
-        let text = std::fs::read_to_string(&file).expect("text");
-        assert!(!text.contains(&token), "{text}");
-        assert_eq!(std::fs::metadata(&file).expect("meta").permissions().mode() & 0o777, FILE_MODE);
-        let again = mint(&file, "web-1", Terms::default()).expect_err("exists").to_string();
-        assert!(again.contains("--rotate"), "{again}");
-    }
-
-    #[test]
-    fn rotation_keeps_the_sender_id_and_ends_the_old_token() {
-        let (_dir, file) = file();
-        let old = mint(&file, "web-1", Terms::default()).expect("mint");
-        let id = find(&file, &old).expect("entry").id;
-        revoke(&file, "web-1").expect("revoke");
-        assert!(find(&file, &old).is_none(), "revoked");
-        let new = rotate(&file, "web-1", Terms::default()).expect("rotate");
-        assert_eq!(find(&file, &new).expect("entry").id, id);
-        assert!(find(&file, &old).is_none());
-        assert!(matches!(
-            rotate(&file, "nobody", Terms::default()),
-            Err(TokensError::Unknown { .. })
-        ));
-    }
-
-    #[test]
-    fn a_token_ends_at_its_expiry() {
-        let (_dir, file) = file();
-        let later = Timestamp::now() + jiff::SignedDuration::from_secs(3600);
-        let token =
-            mint(&file, "web-1", Terms { expires: Some(later), ..Terms::default() }).expect("mint");
-        let tokens = Tokens::load(&file).expect("load");
-        let before = later - jiff::SignedDuration::from_secs(1);
-        assert!(tokens.find(&hash(&token), before).is_some());
-        assert_eq!(tokens.next_expiry(before), Some(later));
-        assert!(tokens.find(&hash(&token), later).is_none());
-        assert_eq!(tokens.next_expiry(later), None);
-        let past = Terms { expires: Some(Timestamp::UNIX_EPOCH), ..Terms::default() };
-        assert!(matches!(mint(&file, "web-2", past), Err(TokensError::Expired(_))));
-    }
-
-    #[test]
-    fn a_file_edited_by_hand_is_read_and_its_faults_are_named() {
-        let good = format!(
-            "[[token]]\nname = \"a\"\nid = \"01890a5d-ac96-774b-bcce-b302099a8057\"\n\
-             sha256 = \"{}\"\ncreated = \"2026-01-01T00:00:00Z\"\n",
-            "ab".repeat(32)
-        );
-        assert_eq!(Tokens::parse(&good).expect("good").entries().len(), 1);
-        assert_eq!(Tokens::parse("").expect("empty"), Tokens::default());
-        for (bad, word) in [
-            (good.replace("name", "nam"), "nam"),
-            (good.replace("abab", "xyz"), "64 hexadecimal"),
-            (format!("{good}{good}"), "name"),
-            (format!("{good}{}", good.replace("\"a\"", "\"b\"")), "same token"),
-            ("token = 5".to_owned(), "token"),
-        ] {
-            let reason = Tokens::parse(&bad).expect_err(&bad);
-            assert!(reason.contains(word), "{reason}");
-        }
-    }
-
-    #[test]
-    fn concurrent_edits_lose_no_entry() {
-        let (_dir, file) = file();
-        std::thread::scope(|scope| {
-            for number in 0..8 {
-                let file = &file;
-                scope.spawn(move || mint(file, &format!("web-{number}"), Terms::default()));
-            }
-        });
-        assert_eq!(Tokens::load(&file).expect("load").entries().len(), 8);
     }
 }

@@ -28,6 +28,7 @@ use super::proxy::tunnel;
 use super::socket::Socket;
 use super::stream::Io;
 use crate::config::{Endpoint, EndpointAddress};
+use crate::protocol::{CHALLENGE_HEADER, Challenge};
 
 /// Bytes of a refusal's body that are shown.
 const EXCERPT_BYTES: usize = 200;
@@ -223,6 +224,24 @@ pub struct Steps {
     pub server: Option<String>,
 }
 
+/// What the request says of the side that dials.
+#[derive(Clone, Copy, Debug)]
+pub struct Offer<'a> {
+    /// The token that it presents.
+    pub token: &'a str,
+    /// The subprotocol that it wants.
+    pub subprotocol: &'static str,
+    /// What the side that is dialled is to answer.
+    pub challenge: Option<&'a Challenge>,
+}
+
+impl<'a> Offer<'a> {
+    /// Without a challenge.
+    pub fn new(token: &'a str, subprotocol: &'static str) -> Offer<'a> {
+        Offer { token, subprotocol, challenge: None }
+    }
+}
+
 /// Opens a WebSocket: resolves the name anew, tries each address, then upgrades with the token.
 ///
 /// `tls` is needed where the endpoint says TLS. Nothing is retried: the caller decides by the
@@ -230,25 +249,23 @@ pub struct Steps {
 pub async fn connect(
     endpoint: &Endpoint,
     tls: Option<Arc<ClientConfig>>,
-    token: &str,
-    subprotocol: &'static str,
+    offer: &Offer<'_>,
     timeout: Duration,
 ) -> Result<Socket, ConnectError> {
-    connect_noting(endpoint, tls, token, subprotocol, timeout, &mut Steps::default()).await
+    connect_noting(endpoint, tls, offer, timeout, &mut Steps::default()).await
 }
 
 /// [`connect`], for somebody who wants to know how far it came.
 pub async fn connect_noting(
     endpoint: &Endpoint,
     tls: Option<Arc<ClientConfig>>,
-    token: &str,
-    subprotocol: &'static str,
+    offer: &Offer<'_>,
     timeout: Duration,
     steps: &mut Steps,
 ) -> Result<Socket, ConnectError> {
     let attempt = async {
         let io = open(endpoint, tls, steps).await?;
-        upgrade(endpoint, io, token, subprotocol, steps).await
+        upgrade(endpoint, io, offer, steps).await
     };
     tokio::time::timeout(timeout, attempt)
         .await
@@ -396,15 +413,14 @@ fn broken(endpoint: &Endpoint, error: hyper::Error) -> ConnectError {
 async fn upgrade(
     endpoint: &Endpoint,
     io: Io,
-    token: &str,
-    subprotocol: &'static str,
+    offer: &Offer<'_>,
     steps: &mut Steps,
 ) -> Result<Socket, ConnectError> {
     let mut nonce = [0; 16];
     getrandom::fill(&mut nonce)
         .map_err(|_| endpoint_error(endpoint, "the system has no random bytes"))?;
     let key = STANDARD.encode(nonce);
-    let request = request(endpoint, token, subprotocol, &key)?;
+    let request = request(endpoint, offer, &key)?;
 
     let (mut client, connection) = hyper::client::conn::http1::Builder::new()
         .max_buf_size(HEADER_BYTES_MAX)
@@ -416,7 +432,7 @@ async fn upgrade(
         let response =
             client.send_request(request).await.map_err(|error| broken(endpoint, error))?;
         steps.note_answer(&response);
-        accept(response, subprotocol, &key).await
+        accept(response, offer.subprotocol, &key).await
     };
     let mut exchange = std::pin::pin!(exchange);
     // Both run here, so that a dropped attempt leaves no task behind.
@@ -425,10 +441,12 @@ async fn upgrade(
         upgraded = &mut exchange => upgraded,
         _ = connection => exchange.await,
     };
-    let parts = upgraded?
+    let (upgraded, challenge) = upgraded?;
+    let parts = upgraded
         .downcast::<TokioIo<Io>>()
         .map_err(|_| endpoint_error(endpoint, "the upgrade gave another stream back"))?;
-    Ok(Socket::client(parts.io.into_inner(), parts.read_buf).await)
+    let socket = Socket::client(parts.io.into_inner(), parts.read_buf).await;
+    Ok(socket.challenged(challenge))
 }
 
 fn endpoint_error(endpoint: &Endpoint, reason: &'static str) -> ConnectError {
@@ -437,22 +455,25 @@ fn endpoint_error(endpoint: &Endpoint, reason: &'static str) -> ConnectError {
 
 fn request(
     endpoint: &Endpoint,
-    token: &str,
-    subprotocol: &'static str,
+    offer: &Offer<'_>,
     key: &str,
 ) -> Result<Request<Empty<Bytes>>, ConnectError> {
-    let mut authorization =
-        HeaderValue::from_str(&format!("Bearer {token}")).map_err(|_| ConnectError::Token)?;
+    let mut authorization = HeaderValue::from_str(&format!("Bearer {}", offer.token))
+        .map_err(|_| ConnectError::Token)?;
     authorization.set_sensitive(true);
-    Request::get(&endpoint.path)
+    let mut request = Request::get(&endpoint.path)
         .header(HOST, &endpoint.host)
         .header(CONNECTION, "Upgrade")
         .header(UPGRADE, "websocket")
         .header(SEC_WEBSOCKET_VERSION, "13")
         .header(SEC_WEBSOCKET_KEY, key)
-        .header(SEC_WEBSOCKET_PROTOCOL, subprotocol)
+        .header(SEC_WEBSOCKET_PROTOCOL, offer.subprotocol)
         .header(AUTHORIZATION, authorization)
-        .header(USER_AGENT, AGENT)
+        .header(USER_AGENT, AGENT);
+    if let Some(challenge) = offer.challenge {
+        request = request.header(CHALLENGE_HEADER, challenge.text());
+    }
+    request
         .body(Empty::new())
         .map_err(|_| endpoint_error(endpoint, "its host or path is no HTTP request"))
 }
@@ -462,7 +483,7 @@ async fn accept(
     response: Response<Body>,
     subprotocol: &'static str,
     key: &str,
-) -> Result<hyper::upgrade::Upgraded, ConnectError> {
+) -> Result<(hyper::upgrade::Upgraded, Option<Challenge>), ConnectError> {
     let status = response.status();
     if status != StatusCode::SWITCHING_PROTOCOLS {
         return Err(refusal(response).await);
@@ -477,7 +498,10 @@ async fn accept(
     if chosen.as_deref() != Some(subprotocol) {
         return Err(ConnectError::Subprotocol { wanted: subprotocol.to_owned(), chosen });
     }
-    hyper::upgrade::on(response).await.map_err(ConnectError::Broken)
+    let challenge = headers.get(CHALLENGE_HEADER).and_then(|value| value.to_str().ok());
+    let challenge = challenge.and_then(Challenge::parse);
+    let upgraded = hyper::upgrade::on(response).await.map_err(ConnectError::Broken)?;
+    Ok((upgraded, challenge))
 }
 
 async fn refusal(response: Response<Body>) -> ConnectError {

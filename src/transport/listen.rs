@@ -37,6 +37,7 @@ use tracing::{debug, warn};
 use super::socket::Socket;
 use super::stream::{Io, Stream};
 use crate::config::Listen;
+use crate::protocol::{CHALLENGE_HEADER, Challenge};
 
 /// How long a peer has from its first byte to its upgrade.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -152,6 +153,8 @@ pub enum Answer<S> {
     Accept {
         /// One that the peer offers.
         subprotocol: &'static str,
+        /// What the peer is to answer.
+        challenge: Option<Challenge>,
         /// Handed to [`Handler::serve`] with the socket.
         session: S,
     },
@@ -452,6 +455,14 @@ async fn secure(
     Ok((Io::new(stream), certificate))
 }
 
+/// A request that was let in, until its connection is free for the WebSocket.
+struct Upgrade<S> {
+    session: S,
+    on_upgrade: OnUpgrade,
+    /// The peer's own.
+    challenge: Option<Challenge>,
+}
+
 /// Reads one request and answers it; gives the socket where it was upgraded.
 async fn exchange<H: Handler>(
     io: Io,
@@ -459,7 +470,7 @@ async fn exchange<H: Handler>(
     certificate: Option<CertificateDer<'static>>,
     handler: &H,
 ) -> Result<Option<(H::Session, Socket)>, String> {
-    let upgrade: Mutex<Option<(H::Session, OnUpgrade)>> = Mutex::new(None);
+    let upgrade: Mutex<Option<Upgrade<H::Session>>> = Mutex::new(None);
     let service = hyper::service::service_fn(|request: hyper::Request<Body>| {
         let (head, on_upgrade) = split(request);
         let request = Request { head, peer, certificate: certificate.clone() };
@@ -472,10 +483,11 @@ async fn exchange<H: Handler>(
         .with_upgrades();
     connection.await.map_err(|error| format!("HTTP: {error}"))?;
     let accepted = upgrade.into_inner().unwrap_or_else(PoisonError::into_inner);
-    let Some((session, upgraded)) = accepted else { return Ok(None) };
-    let upgraded: Upgraded = upgraded.await.map_err(|error| format!("upgrade: {error}"))?;
+    let Some(Upgrade { session, on_upgrade, challenge }) = accepted else { return Ok(None) };
+    let upgraded: Upgraded = on_upgrade.await.map_err(|error| format!("upgrade: {error}"))?;
     let parts = upgraded.downcast::<TokioIo<Io>>().map_err(|_| "upgrade: another stream")?;
-    Ok(Some((session, Socket::server(parts.io.into_inner(), parts.read_buf).await)))
+    let socket = Socket::server(parts.io.into_inner(), parts.read_buf).await;
+    Ok(Some((session, socket.challenged(challenge))))
 }
 
 fn split(mut request: hyper::Request<Body>) -> (hyper::http::request::Parts, OnUpgrade) {
@@ -487,14 +499,14 @@ fn respond<H: Handler>(
     request: &Request,
     on_upgrade: OnUpgrade,
     handler: &H,
-    upgrade: &Mutex<Option<(H::Session, OnUpgrade)>>,
+    upgrade: &Mutex<Option<Upgrade<H::Session>>>,
 ) -> Response<Full<Bytes>> {
-    let (subprotocol, session) = match handler.answer(request) {
+    let (subprotocol, challenge, session) = match handler.answer(request) {
         Answer::Refuse(refuse) => return refused(&refuse),
         Answer::Accept { .. } if !request.is_upgrade() => {
             return refused(&Refuse::new(426, "this address speaks WebSocket only\n"));
         }
-        Answer::Accept { subprotocol, session } => (subprotocol, session),
+        Answer::Accept { subprotocol, challenge, session } => (subprotocol, challenge, session),
     };
     if request.header("sec-websocket-version") != Some("13") {
         return refused(&Refuse::new(426, "WebSocket version 13 is spoken here (RFC 6455)\n"));
@@ -503,7 +515,12 @@ fn respond<H: Handler>(
         return refused(&Refuse::new(400, "the WebSocket key is missing (RFC 6455 section 4.1)\n"));
     };
     let accept = derive_accept_key(key.as_bytes());
-    *upgrade.lock().unwrap_or_else(PoisonError::into_inner) = Some((session, on_upgrade));
+    let accepted = Upgrade {
+        session,
+        on_upgrade,
+        challenge: request.header(CHALLENGE_HEADER).and_then(Challenge::parse),
+    };
+    *upgrade.lock().unwrap_or_else(PoisonError::into_inner) = Some(accepted);
     let mut response = Response::new(Full::default());
     *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
     let headers = response.headers_mut();
@@ -512,6 +529,9 @@ fn respond<H: Handler>(
     headers.insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(subprotocol));
     if let Ok(accept) = HeaderValue::from_str(&accept) {
         headers.insert(SEC_WEBSOCKET_ACCEPT, accept);
+    }
+    if let Some(Ok(challenge)) = challenge.map(|own| HeaderValue::from_str(&own.text())) {
+        headers.insert(CHALLENGE_HEADER, challenge);
     }
     response
 }

@@ -19,7 +19,7 @@ use tokio_tungstenite::tungstenite::{Message, Utf8Bytes};
 
 use super::heartbeat::Heartbeat;
 use super::stream::{Activity, Io};
-use crate::protocol::MESSAGE_BYTES_MAX;
+use crate::protocol::{Challenge, MESSAGE_BYTES_MAX};
 
 /// Bytes asked for per read: two TLS records; more would be zeroed in vain before each read.
 const READ_BYTES: usize = 32 << 10;
@@ -34,6 +34,7 @@ const CLOSE_REASON_BYTES_MAX: usize = 123;
 pub struct Socket {
     stream: WebSocketStream<Io>,
     activity: Activity,
+    challenge: Option<Challenge>,
 }
 
 impl Socket {
@@ -57,7 +58,17 @@ impl Socket {
             .max_frame_size(Some(MESSAGE_BYTES_MAX));
         let stream =
             WebSocketStream::from_partially_read(io, read.into(), role, Some(config)).await;
-        Socket { stream, activity }
+        Socket { stream, activity, challenge: None }
+    }
+
+    pub(super) fn challenged(self, challenge: Option<Challenge>) -> Socket {
+        Socket { challenge, ..self }
+    }
+
+    /// What the peer's half of the upgrade wants answered, whichever side dialled; `None` where it
+    /// asked nothing that we understand.
+    pub fn challenge(&self) -> Option<&Challenge> {
+        self.challenge.as_ref()
     }
 
     /// The two halves, for loops that must not wait for each other: a side that stops reading

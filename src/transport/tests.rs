@@ -30,7 +30,7 @@ impl Handler for Echo {
     fn answer(&self, request: &Request) -> Answer<()> {
         match request.header("authorization") {
             Some("Bearer good") if request.offers(SUBPROTOCOL) => {
-                Answer::Accept { subprotocol: SUBPROTOCOL, session: () }
+                Answer::Accept { subprotocol: SUBPROTOCOL, challenge: None, session: () }
             }
             Some("Bearer busy") => Answer::Refuse(Refuse {
                 retry_after: Some(Duration::from_secs(7)),
@@ -99,7 +99,8 @@ async fn dial(
     tls: Option<Arc<ClientConfig>>,
     token: &str,
 ) -> Result<Socket, ConnectError> {
-    connect(&endpoint(server.address, tls.is_some()), tls, token, SUBPROTOCOL, LONG).await
+    connect(&endpoint(server.address, tls.is_some()), tls, &Offer::new(token, SUBPROTOCOL), LONG)
+        .await
 }
 
 /// An authority, and what it signs.
@@ -195,7 +196,8 @@ async fn messages_go_both_ways_over_tcp_and_unix() {
         address: EndpointAddress::Unix(path.clone()),
         ..endpoint(server.address, false)
     };
-    echoes(connect(&unix, None, "good", SUBPROTOCOL, LONG).await.expect("connect")).await;
+    echoes(connect(&unix, None, &Offer::new("good", SUBPROTOCOL), LONG).await.expect("connect"))
+        .await;
     stop.cancel();
     run.await.expect("run");
     assert!(!path.exists(), "the socket file goes with its listener");
@@ -243,7 +245,9 @@ async fn refusals_carry_status_body_and_delay() {
         }
         other => panic!("{other:?}"),
     }
-    match connect(&endpoint(server.address, false), None, "good", "waybill.v9", LONG).await {
+    match connect(&endpoint(server.address, false), None, &Offer::new("good", "waybill.v9"), LONG)
+        .await
+    {
         Err(ConnectError::Refused { status: 400, body, .. }) => {
             assert!(body.contains("waybill.v1"))
         }
@@ -266,7 +270,8 @@ async fn canned(answer: &'static str) -> Result<Socket, ConnectError> {
         // Open until the client leaves: it must not wait for the end.
         let _ = stream.read_u8().await;
     });
-    let result = connect(&endpoint(address, false), None, "good", SUBPROTOCOL, LONG).await;
+    let result =
+        connect(&endpoint(address, false), None, &Offer::new("good", SUBPROTOCOL), LONG).await;
     server.await.expect("server");
     result
 }
@@ -309,7 +314,7 @@ impl Handler for Other {
     type Session = ();
 
     fn answer(&self, _: &Request) -> Answer<()> {
-        Answer::Accept { subprotocol: "chat", session: () }
+        Answer::Accept { subprotocol: "chat", challenge: None, session: () }
     }
 
     async fn serve(self: Arc<Self>, (): (), _: Socket) {}
@@ -321,7 +326,7 @@ async fn a_server_with_another_subprotocol_is_refused() {
     let listener = Listener::bind(&any, None).expect("bind");
     let address = listener.local_addr().expect("address");
     tokio::spawn(listener.run(Arc::new(Other), TaskTracker::new(), CancellationToken::new()));
-    match connect(&endpoint(address, false), None, "good", SUBPROTOCOL, LONG).await {
+    match connect(&endpoint(address, false), None, &Offer::new("good", SUBPROTOCOL), LONG).await {
         Err(ConnectError::Subprotocol { chosen, .. }) => {
             assert_eq!(chosen.as_deref(), Some("chat"))
         }

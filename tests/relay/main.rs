@@ -3,6 +3,7 @@
 mod support;
 
 mod certificates;
+mod chain;
 mod check;
 mod client_certificates;
 mod clock;

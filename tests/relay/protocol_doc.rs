@@ -7,7 +7,8 @@ use std::process::Command;
 use bytes::Bytes;
 use serde_json::Value;
 use waybill::protocol::{
-    Control, DataFrame, FRAME_BYTES_MAX, FRAMES_OUTSTANDING_MAX, MESSAGE_BYTES_MAX, SUBPROTOCOL,
+    CHALLENGE_HEADER, Chain, ChainKey, Challenge, Control, DataFrame, FRAME_BYTES_MAX,
+    FRAMES_OUTSTANDING_MAX, MESSAGE_BYTES_MAX, SUBPROTOCOL,
 };
 use waybill::record::framing::{SpoolRecord, spool_record};
 use waybill::record::{DocumentId, IdPrefix, IndexRule, SegmentId, SenderId};
@@ -102,6 +103,26 @@ fn the_vectors_of_document_ids_are_what_we_compute() {
     let keyed = DocumentId::keyed(sender, b"key", 1_763_714_120_123, b"line");
     let says = format!("key `key`, time 1763714120123 and payload `line` give `{keyed}`");
     assert!(text.contains(&says), "{says}");
+}
+
+#[test]
+fn the_answer_to_the_challenge_shown_is_ours() {
+    let text = document();
+    let after = |words: &str| {
+        let rest = text.split(words).nth(1).unwrap_or_else(|| panic!("{words}"));
+        rest.split('`').next().unwrap_or_default().to_owned()
+    };
+    let key = ChainKey::parse(&after("With the key `")).expect("a key");
+    assert!(text.to_lowercase().contains(CHALLENGE_HEADER));
+    let challenge = Challenge::parse(&after("`Waybill-Challenge: ")).expect("a challenge");
+    let shown = &blocks(&text, "json chain")[0];
+    let chain: Chain = serde_json::from_str(shown).expect("a chain");
+    assert!(chain.is_answer(&key, &challenge), "{shown}");
+    let last = chain.index.clone().zip(chain.id.clone());
+    let ours = Chain::answer(&key, &challenge, last);
+    assert_eq!(&serde_json::to_string(&ours).expect("JSON"), shown);
+    let code = after("Without a document the\ncode is `");
+    assert_eq!(Chain::answer(&key, &challenge, None).mac, code);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use crate::config::{DialConfig, Endpoint};
 use crate::protocol::SUBPROTOCOL;
 use crate::record::escape_path;
 use crate::tls;
-use crate::transport::{ConnectError, Socket, Steps, close, connect_noting};
+use crate::transport::{ConnectError, Offer, Socket, Steps, close, connect_noting};
 
 /// As long as a sender waits.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -34,9 +34,9 @@ pub(super) async fn check(
         Ok(tls) => tls,
         Err(error) => return report.fail("tls", of, error.to_string()),
     };
+    let offer = Offer::new(token.trim(), SUBPROTOCOL);
     let mut steps = Steps::default();
-    let connected =
-        connect_noting(endpoint, tls, token.trim(), SUBPROTOCOL, TIMEOUT, &mut steps).await;
+    let connected = connect_noting(endpoint, tls, &offer, TIMEOUT, &mut steps).await;
     told(report, endpoint, &steps, connected.as_ref().err())?;
     if let Ok(socket) = connected {
         leave(socket).await;

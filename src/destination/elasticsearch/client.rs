@@ -203,6 +203,11 @@ impl Client {
         self.json(Method::POST, &path, Some(&body)).await
     }
 
+    /// One `GET` for JSON, of a path with everything percent-encoded that needs it.
+    pub async fn get(&self, path: &str) -> Result<Value, RequestError> {
+        self.json(Method::GET, path, None).await
+    }
+
     /// The base URLs, in order.
     pub(super) fn bases(&self) -> &[String] {
         &self.bases

@@ -95,7 +95,8 @@ mod tests {
 
     fn read(query: &str, types: &[&str]) -> Result<Origin, Refuse> {
         let types = types.iter().map(|name| name.parse().expect("type")).collect();
-        let sender = Sender { id: SenderId::mint(), name: "web-1".to_owned(), types };
+        let sender =
+            Sender { id: SenderId::mint(), name: "web-1".to_owned(), types, chain_key: None };
         Origin::read(Some(query).filter(|query| !query.is_empty()), &sender)
     }
 

@@ -10,9 +10,9 @@ use uuid::Uuid;
 
 use super::*;
 use crate::config::{Listen, value};
-use crate::protocol::Control;
+use crate::protocol::{ChainKey, Control};
 use crate::sender::link::Links;
-use crate::transport::{ConnectError, Incoming, connect};
+use crate::transport::{ConnectError, Incoming, Offer, connect};
 
 const LONG: Duration = Duration::from_secs(60);
 
@@ -32,8 +32,14 @@ fn listen() -> Sender {
     let (links, _) = watch::channel(Links::default());
     let instance = Uuid::from_u128(7);
     let stopping = stop.clone();
-    let connections =
-        Connections { instance, compress: false, rate_limit: None, links, stop: stopping };
+    let connections = Connections {
+        instance,
+        compress: false,
+        rate_limit: None,
+        chain: None,
+        links,
+        stop: stopping,
+    };
     let listen = Listen::Tcp(SocketAddr::from(([127, 0, 0, 1], 0)));
     let config = ListenConfig { listen, tls: None, tokens: tokens.clone() };
     let listening = Listening::open(config, connections).expect("bound");
@@ -48,7 +54,7 @@ impl Sender {
 
     async fn dial(&self, token: &str) -> Result<Socket, ConnectError> {
         let endpoint = value::endpoint(&format!("ws://{}/", self.address)).expect("a URL");
-        connect(&endpoint, None, token, SUBPROTOCOL, LONG).await
+        connect(&endpoint, None, &Offer::new(token, SUBPROTOCOL), LONG).await
     }
 
     /// Until the file's change was noticed.
@@ -98,18 +104,24 @@ async fn who_may_not_enter_is_told_why() {
     assert!(none.starts_with("HTTP/1.1 400") && none.contains("waybill.v1"), "{none}");
 }
 
-/// Nobody checks certificates here: what is bound to one is not let in by its token alone.
+/// Neither is checked here: what is bound to a certificate or a key is not let in by its token alone.
 #[tokio::test]
-async fn a_token_that_needs_a_certificate_opens_nothing() {
+async fn a_token_that_needs_a_certificate_or_a_key_opens_nothing() {
     let sender = listen();
+    let key = ChainKey::mint().expect("random bytes");
+    let with_certificate =
+        tokens::Terms { certificates: vec![[7; 32]], ..tokens::Terms::default() };
+    let chain = tokens::ChainTerm::Require(key);
+    let with_key = tokens::Terms { chain, ..tokens::Terms::default() };
+    let mut bound = Vec::new();
+    for (name, terms) in [("certified", with_certificate), ("chained", with_key)] {
+        bound.push(tokens::mint(&sender.tokens, name, terms).expect("minted"));
+    }
     let token = sender.mint("central");
-    let terms = tokens::Terms { certificates: vec![[7; 32]], ..tokens::Terms::default() };
-    let bound = tokens::mint(&sender.tokens, "bound", terms).expect("minted");
     drop(sender.enter(&token).await);
-    loop {
-        match sender.dial(&bound).await {
-            Err(ConnectError::Refused { status: 401, .. }) => tokio::task::yield_now().await,
-            Err(ConnectError::Refused { status: 403, .. }) => return,
+    for token in bound {
+        match sender.dial(&token).await {
+            Err(ConnectError::Refused { status: 403, .. }) => {}
             Err(error) => panic!("{error}"),
             Ok(_) => panic!("it entered"),
         }

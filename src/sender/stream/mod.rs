@@ -18,6 +18,7 @@ use tracing::{error, warn};
 use uuid::Uuid;
 
 use super::Context;
+use super::chain::Lasts;
 use super::kept::Kept;
 use super::link::{Link, Mailbox};
 use super::origin::{FileOrigin, Origin};
@@ -151,6 +152,8 @@ struct Segment {
     refused: bool,
     /// How many bytes the next read asks for.
     want: usize,
+    /// Kept where there is a chain key.
+    lasts: Lasts,
 }
 
 impl Segment {
@@ -159,7 +162,8 @@ impl Segment {
         let window = Window::new(position, entry.row.end);
         let before = origin.before(position)?;
         let want = FRAME_BYTES_TARGET;
-        Ok(Segment { entry, window, progress, before, handle: None, refused: false, want })
+        let lasts = Lasts::default();
+        Ok(Segment { entry, window, progress, before, handle: None, refused: false, want, lasts })
     }
 
     fn id(&self) -> SegmentId {

@@ -174,6 +174,9 @@ impl Stream {
             return;
         }
         let records = if keep_records { framed.records.clone() } else { Default::default() };
+        if self.context.config.chain_key_file.is_some() {
+            segment.lasts.sent(&segment.entry.row, request.from, framed);
+        }
         segment.window.sent_new(framed.to, framed.fingerprint, records, framed.continues);
         segment.before.clone_from(&framed.before);
         segment.want = FRAME_BYTES_TARGET;
@@ -280,6 +283,10 @@ impl Stream {
         let counted = segment.window.receipt(receipt, Instant::now(), &mut |f| finished.push(f));
         link.credit.add_permits(counted.credit as usize);
         link.frames.add_permits(counted.frames as usize);
+        let (row, position) = (&segment.entry.row, segment.window.position());
+        if let Some(last) = segment.lasts.receipted(row, receipt, position, &link.receiver) {
+            self.context.state.note_last_receipted(last);
+        }
         self.context.totals.count(&counted);
         if counted.lines() > 0 {
             self.refusal = None;

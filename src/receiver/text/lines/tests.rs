@@ -16,7 +16,12 @@ const CREDIT: u64 = 4 << 20;
 
 fn sender() -> Sender {
     let id = SenderId("01890a5d-ac96-774b-bcce-b302099a8057".parse().expect("a UUID"));
-    Sender { id, name: "web-1".to_owned(), types: vec!["nginx".parse().expect("a type")] }
+    Sender {
+        id,
+        name: "web-1".to_owned(),
+        types: vec!["nginx".parse().expect("a type")],
+        chain_key: None,
+    }
 }
 
 fn lines() -> Lines {
