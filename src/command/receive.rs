@@ -1,56 +1,191 @@
 //! `waybill receive`: a listener, a receiver and a destination; run, drain, end.
+//!
+//! On SIGHUP a changed configuration takes the place of the one in force. What stays the same
+//! stays open: the address, where senders wait meanwhile, and the destination.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::bail;
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
-use crate::config::{Listen, ReceiveConfig};
-use crate::destination::{Destination, Queue};
-use crate::receiver::Receiver;
+use super::reload;
+use crate::config::{DestinationConfig, Listen, ReceiveConfig};
+use crate::destination::{Destination, OpenError, Profile, Queue};
+use crate::metrics::Endpoint;
+use crate::receiver::{Metrics, Receiver};
 use crate::shutdown::Shutdown;
-use crate::tls;
+use crate::systemd;
+use crate::tls::{ServerCertificate, TlsError};
 use crate::transport::Listener;
 
 /// How long the destination has, after the last connection, for what it has begun.
 const DESTINATION_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Serves until `shutdown`, then drains. Errors are those of the start (files, certificates, the
-/// address, the store), and a destination that ended by itself.
-pub async fn run(config: ReceiveConfig, shutdown: Shutdown) -> anyhow::Result<()> {
-    let tls = config.tls.as_ref().map(tls::server_config).transpose()?;
-    let destination = Destination::open(&config.destination)?;
-    let queue = Arc::new(Queue::default());
-    let receiver = Receiver::new(&config, &destination, Arc::clone(&queue), shutdown.clone())?;
-    let encrypted = tls.is_some();
-    let listener = Listener::bind(&config.listen, tls)?;
-    let address = match (&config.listen, listener.local_addr()) {
+/// Serves until `shutdown`, then drains. `load` reads the configuration anew. Errors are those of
+/// the start (files, certificates, the address, the store), and a destination that ended by
+/// itself.
+pub async fn run(
+    config: ReceiveConfig,
+    shutdown: Shutdown,
+    load: impl Fn() -> anyhow::Result<ReceiveConfig>,
+) -> anyhow::Result<()> {
+    let metrics = Arc::new(Metrics::default());
+    let mut store = Store::open(&config.destination, Arc::default())?;
+    let part = shutdown.part();
+    let queue = Arc::clone(&store.queue);
+    let receiver = Receiver::new(&config, &store.profile, queue, part.clone(), metrics.clone())?;
+    let listener = Listener::bind(&config.listen, certificate(&config)?)?;
+    say_listening(&config.listen, &listener);
+    let endpoint = Endpoint::at(config.metrics, None, &metrics)?;
+    let mut current = Running { config, listener, endpoint, part };
+    let mut receiver = receiver;
+    loop {
+        let serving = receiver.run(current.listener.clone());
+        tokio::pin!(serving);
+        systemd::ready();
+        let next = loop {
+            tokio::select! {
+                () = &mut serving => break None,
+                result = &mut store.writing => {
+                    result?;
+                    bail!("the destination ended by itself; nothing can be received");
+                }
+                () = shutdown.hangup() => {
+                    systemd::reloading();
+                    let next = load().and_then(|new| {
+                        prepare(new, &current, &store, &shutdown, &metrics)
+                    });
+                    match reload::judge(next, &metrics.reloads) {
+                        Some(next) => break Some(next),
+                        None => systemd::ready(),
+                    }
+                }
+            }
+        };
+        let Some((next, next_receiver, change)) = next else { break };
+        current.part.request_alone();
+        serving.await;
+        store = match change {
+            StoreChange::None => store,
+            StoreChange::To(new) => {
+                store.close().await;
+                new
+            }
+            StoreChange::Reopen(queue) => {
+                store.close().await;
+                Store::open(&next.config.destination, queue)?
+            }
+        };
+        (current, receiver) = (next, next_receiver);
+    }
+    store.close().await;
+    info!("stopped");
+    Ok(())
+}
+
+/// What is in force.
+struct Running {
+    config: ReceiveConfig,
+    listener: Listener,
+    endpoint: Option<Arc<Endpoint>>,
+    part: Shutdown,
+}
+
+/// What becomes of the destination.
+enum StoreChange {
+    None,
+    To(Store),
+    /// Under other settings, once it is closed: two must not have one file open.
+    Reopen(Arc<Queue>),
+}
+
+/// Opens what a changed configuration needs; `None` where nothing changed. Where it fails, nothing
+/// has changed either.
+fn prepare(
+    config: ReceiveConfig,
+    current: &Running,
+    store: &Store,
+    shutdown: &Shutdown,
+    metrics: &Arc<Metrics>,
+) -> anyhow::Result<Option<(Running, Receiver, StoreChange)>> {
+    if config == current.config {
+        return Ok(None);
+    }
+    let endpoint = Endpoint::at(config.metrics, current.endpoint.as_ref(), metrics)?;
+    let tls = match current.listener.certificate() {
+        Some(known) if Some(known.files()) == config.tls.as_ref() => Some(known.clone()),
+        _ => certificate(&config)?,
+    };
+    let listener = if config.listen == current.config.listen {
+        current.listener.with_tls(tls)
+    } else {
+        let listener = Listener::bind(&config.listen, tls)?;
+        say_listening(&config.listen, &listener);
+        listener
+    };
+    let change = match (&current.config.destination, &config.destination) {
+        (old, new) if old == new => StoreChange::None,
+        (DestinationConfig::Embedded(old), DestinationConfig::Embedded(new))
+            if old.file == new.file =>
+        {
+            StoreChange::Reopen(Arc::default())
+        }
+        (_, new) => StoreChange::To(Store::open(new, Arc::default())?),
+    };
+    let (profile, queue) = match &change {
+        StoreChange::None => (&store.profile, &store.queue),
+        StoreChange::To(new) => (&new.profile, &new.queue),
+        StoreChange::Reopen(queue) => (&store.profile, queue),
+    };
+    let part = shutdown.part();
+    let receiver =
+        Receiver::new(&config, profile, Arc::clone(queue), part.clone(), metrics.clone())?;
+    Ok(Some((Running { config, listener, endpoint, part }, receiver, change)))
+}
+
+fn certificate(config: &ReceiveConfig) -> Result<Option<Arc<ServerCertificate>>, TlsError> {
+    config.tls.as_ref().map(ServerCertificate::for_http).transpose()
+}
+
+fn say_listening(listen: &Listen, listener: &Listener) {
+    let address = match (listen, listener.local_addr()) {
         (_, Some(address)) => address.to_string(),
         (Listen::Tcp(address), None) => address.to_string(),
         (Listen::Unix(path), None) => format!("unix:{}", path.display()),
     };
-    info!(address, tls = encrypted, "listening");
+    info!(address, tls = listener.certificate().is_some(), "listening");
+}
 
-    // Not the shutdown's own token: while connections drain, the destination works on.
-    let stop = CancellationToken::new();
-    let mut writing = tokio::spawn(destination.run(Arc::clone(&queue), stop.clone()));
-    tokio::select! {
-        () = receiver.run(listener) => {}
-        result = &mut writing => {
-            result?;
-            bail!("the destination ended by itself; nothing can be received");
+/// A destination that works.
+struct Store {
+    profile: Profile,
+    queue: Arc<Queue>,
+    /// Not the shutdown's own token: while connections drain, the destination works on.
+    stop: CancellationToken,
+    writing: JoinHandle<()>,
+}
+
+impl Store {
+    fn open(config: &DestinationConfig, queue: Arc<Queue>) -> Result<Store, OpenError> {
+        let destination = Destination::open(config)?;
+        let (profile, stop) = (destination.profile(), CancellationToken::new());
+        let writing = tokio::spawn(destination.run(Arc::clone(&queue), stop.clone()));
+        Ok(Store { profile, queue, stop, writing })
+    }
+
+    /// Lets it finish what it has begun.
+    async fn close(self) {
+        self.queue.close();
+        self.stop.cancel();
+        match tokio::time::timeout(DESTINATION_TIMEOUT, self.writing).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => error!(%error, "the destination ended unexpectedly"),
+            Err(_) => warn!("the destination did not end in time; unanswered lines are sent again"),
         }
     }
-    queue.close();
-    stop.cancel();
-    match tokio::time::timeout(DESTINATION_TIMEOUT, writing).await {
-        Ok(ended) => ended?,
-        Err(_) => warn!("the destination did not end in time; unanswered lines are sent again"),
-    }
-    info!("stopped");
-    Ok(())
 }
 
 #[cfg(test)]
@@ -78,7 +213,12 @@ mod tests {
             credit: 8 << 20,
             memory_bytes_max: 64 << 20,
             drain_timeout: Duration::from_secs(60),
+            metrics: None,
         }
+    }
+
+    fn unchanged() -> anyhow::Result<ReceiveConfig> {
+        bail!("nobody sends SIGHUP here")
     }
 
     #[tokio::test]
@@ -87,7 +227,7 @@ mod tests {
         let config = config(&dir);
         tokens::mint(&config.tokens, "web-1", None, None).expect("mint");
         let shutdown = Shutdown::new();
-        let running = tokio::spawn(run(config, shutdown.clone()));
+        let running = tokio::spawn(run(config, shutdown.clone(), unchanged));
         let socket = dir.path().join("waybill.sock");
         while !socket.exists() {
             assert!(!running.is_finished());
@@ -103,7 +243,8 @@ mod tests {
         let dir = tempfile::tempdir().expect("tempdir");
         let mut config = config(&dir);
         config.tokens = PathBuf::from("/nonexistent/tokens.toml");
-        let error = run(config, Shutdown::new()).await.expect_err("no tokens").to_string();
+        let error =
+            run(config, Shutdown::new(), unchanged).await.expect_err("no tokens").to_string();
         assert!(error.contains("waybill token"), "{error}");
     }
 }

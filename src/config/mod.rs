@@ -45,7 +45,7 @@ pub struct Loaded<T> {
 }
 
 /// What `waybill send` does.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Debug)]
 pub struct SendConfig {
     /// Receivers, in order of preference (this version dials the first that answers).
     pub to: Vec<Endpoint>,
@@ -73,6 +73,8 @@ pub struct SendConfig {
     pub kept_bytes_max: u64,
     /// Show a progress bar (only with `once`, on a terminal).
     pub progress: bool,
+    /// Where metrics and health are served over HTTP.
+    pub metrics: Option<SocketAddr>,
 }
 
 /// One `[[source]]`.
@@ -194,7 +196,7 @@ pub enum EndpointAddress {
 }
 
 /// What `waybill receive` does.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Debug)]
 pub struct ReceiveConfig {
     /// Where it listens.
     pub listen: Listen,
@@ -216,6 +218,8 @@ pub struct ReceiveConfig {
     pub memory_bytes_max: u64,
     /// How long a stop waits for what is under way.
     pub drain_timeout: Duration,
+    /// Where metrics and health are served over HTTP.
+    pub metrics: Option<SocketAddr>,
 }
 
 /// Where a receiver listens.
@@ -237,7 +241,7 @@ pub struct ServerTls {
 }
 
 /// Where documents go.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub enum DestinationConfig {
     /// One or more URLs of the same cluster.
     Elasticsearch(ElasticsearchConfig),

@@ -84,7 +84,7 @@ fn bad_senders_say_where_and_what_is_allowed() {
         (
             format!("tokn_file = 'x'\n{SEND}{SOURCE}"),
             "c.toml:1:1: tokn_file: unknown key; allowed here: ca, compress, drain_timeout, \
-             idle_close, insecure_plaintext, kept_bytes_max, log_format, log_level, receipts, \
+             idle_close, insecure_plaintext, kept_bytes_max, log_format, log_level, metrics, receipts, \
              source, spool_bytes_max, state_dir, to, token_file"
                 .to_owned(),
         ),

@@ -35,6 +35,15 @@ pub enum Destination {
     Embedded(Store),
 }
 
+/// A destination as a receiver sees it.
+#[derive(Clone, Debug)]
+pub struct Profile {
+    /// Its identity, where it has one.
+    pub id: Option<Uuid>,
+    /// Whether it takes documents, where it may be away.
+    pub health: Option<watch::Receiver<Health>>,
+}
+
 /// Why a destination cannot be set up.
 #[derive(Debug, Error)]
 pub enum OpenError {
@@ -71,6 +80,11 @@ impl Destination {
             Destination::Elasticsearch(elasticsearch) => Some(elasticsearch.health()),
             Destination::Embedded(_) => None,
         }
+    }
+
+    /// What a receiver needs to know of it while it works.
+    pub fn profile(&self) -> Profile {
+        Profile { id: self.id(), health: self.health() }
     }
 
     /// Works until the queue is closed and empty. After `stop` nothing is tried again: what is

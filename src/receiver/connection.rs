@@ -14,6 +14,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tracing::{debug, info, warn};
 
 use super::gate::Accepted;
+use super::metrics::Meter;
 use super::session::{Sender, Session, Taken, Violation};
 use super::{CLOSE_TIMEOUT, Receiver};
 use crate::destination::{Frame, Inbox, Reply};
@@ -77,6 +78,7 @@ pub(super) async fn run(receiver: Arc<Receiver>, accepted: Accepted, socket: Soc
         session: Session::new(accepted.sender.clone(), Arc::clone(&receiver.terms)),
         tokens: receiver.tokens.clone(),
         hello_until: Instant::now() + receiver.hello_timeout,
+        meter: receiver.metrics.connected(&accepted.sender.name),
         receiver,
         accepted,
         incoming,
@@ -164,6 +166,7 @@ struct Connection {
     incoming: SocketReceiver,
     heartbeat: Heartbeat,
     inbox: Arc<Inbox>,
+    meter: Meter,
     /// Answers that the writing half has no room for yet.
     backlog: VecDeque<Outgoing>,
     /// A frame that waits for memory; nothing is read meanwhile.
@@ -310,6 +313,7 @@ impl Connection {
 
     fn push(&mut self, taken: Taken, memory: OwnedSemaphorePermit) {
         let Taken { segment, days, frame } = taken;
+        self.meter.received(frame.records.len() as u64, frame.flags.resend);
         let held = self.receiver.memory_bytes_max - self.receiver.memory.available_permits();
         if held == memory.num_permits() {
             self.receiver.health.note();
@@ -333,6 +337,7 @@ impl Connection {
     fn receipts(&mut self, receipts: VecDeque<Receipt>) {
         for receipt in receipts {
             self.session.settle(&receipt);
+            self.meter.answered(&receipt);
             if receipt.runs.iter().any(|run| run.verdict.is_final()) {
                 self.receiver.health.note();
             }

@@ -7,6 +7,7 @@
 mod connection;
 mod gate;
 mod health;
+mod metrics;
 mod outstanding;
 mod session;
 pub mod tokens;
@@ -19,12 +20,13 @@ use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 pub use gate::Accepted;
+pub use metrics::Metrics;
 
 use crate::config::ReceiveConfig;
-use crate::destination::{Destination, Queue};
+use crate::destination::{Profile, Queue};
 use crate::protocol::FRAME_BYTES_MAX;
 use crate::shutdown::Shutdown;
 use crate::transport::{Answer, Handler, Listener, Request, Socket};
@@ -59,15 +61,17 @@ pub struct Receiver {
     drain_timeout: Duration,
     hello_timeout: Duration,
     tokens_interval: Duration,
+    metrics: Arc<Metrics>,
 }
 
 impl Receiver {
-    /// Reads the tokens file; `destination` is what will empty `queue`.
+    /// Reads the tokens file; `destination` is what empties `queue`.
     pub fn new(
         config: &ReceiveConfig,
-        destination: &Destination,
+        destination: &Profile,
         queue: Arc<Queue>,
         shutdown: Shutdown,
+        metrics: Arc<Metrics>,
     ) -> Result<Receiver, TokensError> {
         let tokens = Tokens::load(&config.tokens)?;
         if tokens.entries().is_empty() {
@@ -84,7 +88,7 @@ impl Receiver {
                 former_rules: config.former_rules.clone(),
                 days: config.days,
                 credit: config.credit.max(FRAME_BYTES_MAX as u64),
-                destination: destination.id(),
+                destination: destination.id,
             }),
             tokens_file: config.tokens.clone(),
             tokens,
@@ -94,17 +98,19 @@ impl Receiver {
             memory_bytes_max,
             slots: Slots::default(),
             instances: Instances::default(),
-            health: Health::new(destination.health()),
+            health: Health::new(destination.health.clone()),
             sessions: TaskTracker::new(),
             shutdown,
             drain_timeout: config.drain_timeout,
             hello_timeout: HELLO_TIMEOUT,
             tokens_interval: watch::INTERVAL,
+            metrics,
         })
     }
 
-    /// Serves until the shutdown, then drains: senders that come are told 503, those that are
-    /// there get the receipts of what they sent, within the drain timeout.
+    /// Serves until the shutdown, then drains: senders that come are told 503 (or wait for the
+    /// successor of a part that ends alone), those that are there get the receipts of what they
+    /// sent, within the drain timeout.
     pub async fn run(self, listener: Listener) {
         let receiver = Arc::new(self);
         let stop = CancellationToken::new();
@@ -115,8 +121,14 @@ impl Receiver {
             receiver.tokens_interval,
             stop.clone(),
         ));
-        tasks.spawn(listener.run(Arc::clone(&receiver), tasks.clone(), stop.clone()));
+        let accepting = stop.child_token();
+        receiver.metrics.set_receiver(&receiver, &listener);
+        let listening =
+            tokio::spawn(listener.run(Arc::clone(&receiver), tasks.clone(), accepting.clone()));
         receiver.shutdown.requested().await;
+        if receiver.shutdown.ends_alone() {
+            accepting.cancel();
+        }
         info!(connections = receiver.sessions.len(), "draining");
         receiver.sessions.close();
         let limit = receiver.drain_timeout + CLOSE_TIMEOUT;
@@ -124,6 +136,19 @@ impl Receiver {
             warn!(connections = receiver.sessions.len(), "connections did not end in time");
         }
         stop.cancel();
+        // The address is free when this returns.
+        if let Err(error) = listening.await {
+            error!(%error, "the listener ended unexpectedly");
+        }
+    }
+
+    /// Why no line can be stored now; `None` where it can.
+    fn not_ready(&self) -> Option<&'static str> {
+        if self.shutdown.is_requested() {
+            return Some("draining");
+        }
+        let ready = self.health.is_ready(self.memory_in_use());
+        (!ready).then_some("the destination does not answer")
     }
 
     fn memory_in_use(&self) -> bool {

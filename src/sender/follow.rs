@@ -440,7 +440,7 @@ impl Follower {
                 "the file lost its end, as after a power cut: reading goes on from there");
         }
         info!(path = %escape_path(&path), continued, backlog = stream.backlog(), "following");
-        self.context.totals.total_bytes.fetch_add(stream.backlog(), Ordering::Relaxed);
+        self.context.total_bytes.fetch_add(stream.backlog(), Ordering::Relaxed);
         self.missing.remove(&run);
         self.resting.remove(&inode);
         self.copies.remove(&inode);
@@ -485,8 +485,7 @@ impl Follower {
                 error!(path = %ended.path, from = ended.position, to = ended.seen,
                     bytes = ended.seen - ended.position,
                     "lost: the file was truncated or replaced before these bytes were receipted");
-                let lost = ended.seen - ended.position;
-                self.context.totals.lost_bytes.fetch_add(lost, Ordering::Relaxed);
+                ended.counters.lost_bytes.add(ended.seen - ended.position);
             }
         }
     }
@@ -508,7 +507,7 @@ impl Follower {
             let started = opened.and_then(|(kept, origin)| {
                 let size = kept.length();
                 self.context.kept_bytes.fetch_add(size, Ordering::Relaxed);
-                self.context.totals.total_bytes.fetch_add(size, Ordering::Relaxed);
+                self.context.total_bytes.fetch_add(size, Ordering::Relaxed);
                 Stream::attach(Parts {
                     context: self.context.clone(),
                     attributes: source.attributes.clone(),

@@ -14,11 +14,12 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 use uuid::Uuid;
 
+use super::metrics::Metrics;
 use crate::backoff::Backoff;
 use crate::config::{Endpoint, SendConfig};
 use crate::protocol::{Control, Hello, Receipt, Refused, SUBPROTOCOL, VERSION, Welcome};
 use crate::record::escape_path;
-use crate::tls::ClientConfig;
+use crate::tls::ClientTrust;
 use crate::transport::{
     Beat, ConnectError, Heartbeat, Incoming, Outgoing, SocketReceiver, SocketSender, close, connect,
 };
@@ -212,7 +213,7 @@ pub struct Dialler {
     /// What to dial, and how.
     pub config: Arc<SendConfig>,
     /// TLS for `wss://` endpoints.
-    pub tls: Option<Arc<ClientConfig>>,
+    pub trust: Option<Arc<ClientTrust>>,
     /// Identity of the state directory.
     pub instance: Uuid,
     /// Where links are published.
@@ -221,6 +222,8 @@ pub struct Dialler {
     pub wanted: Arc<Notify>,
     /// Ends everything.
     pub stop: CancellationToken,
+    /// Where connections are counted.
+    pub metrics: Arc<Metrics>,
 }
 
 /// How a connection ended.
@@ -251,6 +254,7 @@ impl Dialler {
                     failures = 0;
                     info!(receiver = %endpoint.url, name = ?welcome.name, sender = %welcome.sender,
                         "connected");
+                    self.metrics.connections.add(1);
                     match self.serve(halves, heartbeat, welcome).await {
                         Ended::Idle => {
                             info!("closed the idle connection");
@@ -268,6 +272,7 @@ impl Dialler {
                     }
                 }
                 Err(error) => {
+                    self.metrics.connection_failures.add(1);
                     if self.config.once && error.ends_once() {
                         return Err(error);
                     }
@@ -302,7 +307,7 @@ impl Dialler {
         let token = tokio::fs::read_to_string(path)
             .await
             .map_err(|source| LinkError::TokenFile { path: escape_path(path), source })?;
-        let tls = self.tls.clone().filter(|_| endpoint.tls);
+        let tls = self.trust.as_ref().filter(|_| endpoint.tls).map(|trust| trust.config());
         let socket = connect(endpoint, tls, token.trim(), SUBPROTOCOL, CONNECT_TIMEOUT).await?;
         let heartbeat = socket.heartbeat();
         let mut halves = socket.split();
@@ -328,12 +333,14 @@ impl Dialler {
     ) -> Ended {
         let (link, messages) = Link::new(welcome, self.config.compress);
         let link = Arc::new(link);
+        self.metrics.connected.store(true, Ordering::Relaxed);
         self.links.send_replace(Some(link.clone()));
         let ended = tokio::select! {
             ended = self.receive(&link, from_socket) => ended,
             () = transmit(to_socket, messages, heartbeat, self.stop.clone()) => Ended::Early,
             () = self.idle(&link) => Ended::Idle,
         };
+        self.metrics.connected.store(false, Ordering::Relaxed);
         self.links.send_replace(None);
         link.closed.cancel();
         ended

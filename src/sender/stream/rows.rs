@@ -62,6 +62,7 @@ impl Stream {
             Origin::File(file) if !file.tail.is_compressed() => Some(file.tail.size()?),
             _ => None,
         };
+        let lag = attributes.counters.lags.open();
         let mut stream = Stream {
             context,
             attributes,
@@ -76,6 +77,7 @@ impl Stream {
             changed_at: Instant::now(),
             retry_at: None,
             failed: false,
+            lag,
         };
         changed.retain(|entry| !dropped.contains(&entry.row.segment));
         let newest_is_open =
@@ -93,6 +95,7 @@ impl Stream {
         for segment in &stream.segments {
             stream.context.state.set_progress(segment.id(), segment.progress.clone());
         }
+        stream.note_lag();
         Ok(stream)
     }
 
@@ -118,9 +121,9 @@ impl Stream {
                 let size = file.tail.size()?;
                 file.tail.last_boundary(frontier, size.max(frontier))
             }
+            // What is there may have been sent under the old row by a process before this one.
             Some(Origin::Spool { spool, segment }) => {
-                let mark = spool.watermark();
-                Ok(if mark.segment == *segment { mark.offset.max(frontier) } else { frontier })
+                Ok(spool.end_of(*segment).unwrap_or(0).max(frontier))
             }
             _ => Ok(frontier),
         }
