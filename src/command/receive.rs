@@ -42,10 +42,10 @@ pub async fn run(
     let endpoint = Endpoint::at(config.metrics, None, &metrics)?;
     let mut current = Running { config, listener, endpoint, part };
     let mut receiver = receiver;
+    systemd::ready();
     loop {
         let serving = receiver.run(current.listener.clone());
         tokio::pin!(serving);
-        systemd::ready();
         let next = loop {
             tokio::select! {
                 () = &mut serving => break None,
@@ -80,6 +80,7 @@ pub async fn run(
             }
         };
         (current, receiver) = (next, next_receiver);
+        reload::done();
     }
     store.close().await;
     info!("stopped");

@@ -28,12 +28,11 @@ pub async fn run(args: cli::Send, environment: Environment) -> anyhow::Result<Ex
     let mut sender = Sender::open(&config, &shutdown)?;
     let metrics = sender.metrics();
     let mut endpoint = Endpoint::at(config.metrics, None, &metrics)?;
-    let mut prepared = sender.prepare(config.clone())?;
+    let prepared = sender.prepare(config.clone())?;
+    let mut part = shutdown.part();
+    let mut sending = Box::pin(sender.start(prepared, part.clone()).await?);
+    systemd::ready();
     let summary = loop {
-        let part = shutdown.part();
-        let sending = sender.start(prepared, part.clone()).await?;
-        tokio::pin!(sending);
-        systemd::ready();
         let next = loop {
             tokio::select! {
                 ended = &mut sending => break Err(ended?),
@@ -55,10 +54,12 @@ pub async fn run(args: cli::Send, environment: Environment) -> anyhow::Result<Ex
         };
         match next {
             Err(summary) => break summary,
-            Ok(next) => {
+            Ok((new, new_endpoint, prepared)) => {
                 part.request_alone();
                 sending.await?;
-                (config, endpoint, prepared) = next;
+                (config, endpoint, part) = (new, new_endpoint, shutdown.part());
+                sending = Box::pin(sender.start(prepared, part.clone()).await?);
+                reload::done();
             }
         }
     };

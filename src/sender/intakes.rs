@@ -67,10 +67,11 @@ enum Intake {
 impl SpoolSource {
     /// Binds the socket and opens the spool; `None` for a source of files. Blocking.
     fn open(
-        source: &SourceConfig,
+        attributes: &Attributes,
         state_dir: &Path,
         budget: &Arc<Budget>,
     ) -> Result<Option<SpoolSource>, OpenError> {
+        let source = &attributes.source;
         let intake = match &source.input {
             Input::Files { .. } => return Ok(None),
             Input::Stdin => Intake::Stdin(StdinSource::open().map_err(OpenError::Stdin)?),
@@ -83,7 +84,9 @@ impl SpoolSource {
             Input::UnixStream { path, mode } => Intake::Stream(StreamSource::bind(path, *mode)?),
             Input::HttpIntake { address } => Intake::Http(HttpIntake::bind(*address)?),
             Input::SyslogUdp { address, receive_buffer } => {
-                Intake::Datagram(DatagramSource::bind_udp(*address, *receive_buffer)?)
+                let dropped = attributes.counters.dropped_datagrams.clone();
+                let bound = DatagramSource::bind_udp(*address, *receive_buffer)?;
+                Intake::Datagram(bound.counting(dropped))
             }
             Input::SyslogTcp { address, tls } => {
                 Intake::Stream(StreamSource::bind_tcp(*address, tls.as_ref())?)
@@ -209,7 +212,7 @@ pub struct Intakes(Vec<Running>);
 pub struct Needed {
     opened: Vec<SpoolSource>,
     /// Sources whose address, path or name another one holds that is given up.
-    held: Vec<SourceConfig>,
+    held: Vec<Arc<Attributes>>,
 }
 
 impl Intakes {
@@ -221,7 +224,8 @@ impl Intakes {
         budget: &Arc<Budget>,
     ) -> Result<Needed, SendError> {
         let mut needed = Needed::default();
-        for source in sources.iter().map(|attributes| &attributes.source) {
+        for attributes in sources {
+            let source = &attributes.source;
             if self.0.iter().any(|running| running.serves(source)) {
                 continue;
             }
@@ -232,11 +236,11 @@ impl Intakes {
                     || (theirs.is_some() && running.source.name == source.name)
             };
             if !self.0.iter().any(holds) {
-                needed.opened.extend(opened(source, state_dir, budget)?);
+                needed.opened.extend(opened(attributes, state_dir, budget)?);
             } else if claim == Some(Claim::Stdin) {
                 return Err(failed(source, OpenError::StdinTaken));
             } else {
-                needed.held.push(source.clone());
+                needed.held.push(attributes.clone());
             }
         }
         Ok(needed)
@@ -259,8 +263,8 @@ impl Intakes {
         for running in given_up {
             running.give_up().await;
         }
-        for source in &needed.held {
-            needed.opened.extend(opened(source, state_dir, budget)?);
+        for attributes in &needed.held {
+            needed.opened.extend(opened(attributes, state_dir, budget)?);
         }
         self.0.extend(needed.opened.into_iter().map(|source| source.start(shutdown)));
         Ok(())
@@ -284,11 +288,12 @@ impl Intakes {
 }
 
 fn opened(
-    source: &SourceConfig,
+    attributes: &Attributes,
     state_dir: &Path,
     budget: &Arc<Budget>,
 ) -> Result<Option<SpoolSource>, SendError> {
-    SpoolSource::open(source, state_dir, budget).map_err(|error| failed(source, error))
+    let opened = SpoolSource::open(attributes, state_dir, budget);
+    opened.map_err(|error| failed(&attributes.source, error))
 }
 
 fn failed(source: &SourceConfig, error: OpenError) -> SendError {

@@ -30,6 +30,8 @@ pub struct Counters {
     pub receipted_bytes: Counter,
     /// Bytes reported lost.
     pub lost_bytes: Counter,
+    /// Datagrams that the kernel dropped, as far as it counts them: of UDP.
+    pub dropped_datagrams: Arc<Counter>,
     /// What waits for its receipt.
     pub lags: Lags,
 }
@@ -121,7 +123,7 @@ impl Report for Metrics {
             }
         }
         type Of = fn(&Counters) -> &Counter;
-        let counters: [(&str, &str, Of); 5] = [
+        let counters: [(&str, &str, Of); 6] = [
             (
                 "waybill_deferred_lines_total",
                 "Lines that the receiver put off; each time counts.",
@@ -146,6 +148,11 @@ impl Report for Metrics {
                 "waybill_lost_bytes_total",
                 "Bytes reported lost before they were receipted.",
                 |counters| &counters.lost_bytes,
+            ),
+            (
+                "waybill_dropped_datagrams_total",
+                "UDP datagrams that the kernel dropped before they were read.",
+                |counters| &counters.dropped_datagrams,
             ),
         ];
         for (name, help, counter) in counters {

@@ -84,16 +84,14 @@ impl Hints {
         let mut buffer = [0; 16 << 10];
         let read = async {
             let mut ready = inotify.readable_mut().await?;
-            loop {
-                match ready.get_inner_mut().read_events(&mut buffer) {
-                    Ok(_) => {}
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                        ready.clear_ready();
-                        return io::Result::Ok(());
-                    }
-                    Err(error) => return Err(error),
-                }
+            // One read, and not until nothing is left: a busy writer adds events as fast as they
+            // are read. The rest is the next hint.
+            match ready.get_inner_mut().read_events(&mut buffer) {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready.clear_ready(),
+                Err(error) => return Err(error),
             }
+            io::Result::Ok(())
         };
         if let Err(error) = read.await {
             debug!(%error, "inotify failed: files are polled each second");
@@ -111,6 +109,8 @@ impl Default for Hints {
 #[cfg(test)]
 mod tests {
     use std::fs;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     use super::*;
 
@@ -123,6 +123,30 @@ mod tests {
         fs::write(dir.path().join("sub/a.log"), "x\n").expect("write");
         fs::write(dir.path().join("b.log.1"), "x\n").expect("write");
         assert_eq!(sweep(&pattern), [dir.path().join("sub/a.log")]);
+    }
+
+    /// Otherwise whoever follows a busy folder would neither read its files nor stop.
+    #[tokio::test]
+    async fn a_folder_that_never_rests_gives_hints_all_the_same() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let mut hints = Hints::new();
+        hints.watch(dir.path());
+        let over = Arc::new(AtomicBool::new(false));
+        let writers = ["a.log", "b.log"].map(|name| {
+            let (over, path) = (over.clone(), dir.path().join(name));
+            std::thread::spawn(move || {
+                while !over.load(Ordering::Relaxed) {
+                    fs::write(&path, "x\n").expect("write");
+                }
+            })
+        });
+        for _ in 0..200 {
+            hints.changed().await;
+        }
+        over.store(true, Ordering::Relaxed);
+        for writer in writers {
+            writer.join().expect("a writer");
+        }
     }
 
     #[tokio::test]

@@ -123,6 +123,14 @@ pub fn have(program: &str, package: &str) -> bool {
     found
 }
 
+/// Where `scripts/test` keeps programs that it unpacked instead of installing them.
+pub fn cache() -> PathBuf {
+    std::env::var_os("WAYBILL_CACHE").map(PathBuf::from).unwrap_or_else(|| {
+        let home = || Path::new(&std::env::var_os("HOME").unwrap_or("/root".into())).join(".cache");
+        std::env::var_os("XDG_CACHE_HOME").map_or_else(home, PathBuf::from).join("waybill")
+    })
+}
+
 /// The PATH with the folders of daemons, which an ordinary user's lacks.
 fn search_path() -> Vec<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
