@@ -1,11 +1,13 @@
 //! Certificates and rustls configurations, for the transport and for syslog over TLS.
 //!
-//! The crypto provider is passed explicitly: no global state decides which one is used.
+//! The crypto provider is passed explicitly: no global state decides which one is used. Files that
+//! are replaced while this process runs are taken over for the connections that follow; what is
+//! broken is refused, and the former goes on.
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::SystemTime;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use jiff::Timestamp;
 use rustls::RootCertStore;
@@ -14,9 +16,13 @@ use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 pub use rustls::{ClientConfig, ServerConfig};
 use thiserror::Error;
-use tracing::warn;
+use tracing::{info, warn};
 
 use crate::config::ServerTls;
+use crate::stamp::Stamp;
+
+/// How often a server's certificate and key are looked at.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What is wrong with a certificate, a key or a CA file.
 #[derive(Debug, Error)]
@@ -124,16 +130,153 @@ fn native_roots() -> Result<RootCertStore, TlsError> {
     Ok(roots)
 }
 
-/// For listening to WebSockets: HTTP/1.1 is announced (RFC 7301).
-pub fn server_config(files: &ServerTls) -> Result<Arc<ServerConfig>, TlsError> {
-    let mut config = certified(files)?;
-    config.alpn_protocols = vec![b"http/1.1".to_vec()];
-    Ok(Arc::new(config))
+/// Whom to trust when dialling: the authorities in a file, or the machine's own. The file is read
+/// anew when it has changed.
+#[derive(Debug)]
+pub struct ClientTrust {
+    ca: Option<PathBuf>,
+    known: Mutex<(Option<Stamp>, Arc<ClientConfig>)>,
+}
+
+impl ClientTrust {
+    /// Reads the authorities.
+    ///
+    /// # Errors
+    ///
+    /// Where they cannot be used.
+    pub fn open(ca: Option<&Path>) -> Result<Arc<ClientTrust>, TlsError> {
+        let stamp = ca.and_then(Stamp::of);
+        let config = client_config(ca)?;
+        let known = Mutex::new((stamp, config));
+        Ok(Arc::new(ClientTrust { ca: ca.map(Path::to_owned), known }))
+    }
+
+    /// For the next connection. A file that is broken by now is named, and the authorities known
+    /// before are trusted on.
+    pub fn config(&self) -> Arc<ClientConfig> {
+        let mut known = lock(&self.known);
+        if let Some(file) = &self.ca {
+            // Taken before the file is read: an edit in between is met the next time.
+            let stamp = Stamp::of(file);
+            if known.0 != stamp {
+                known.0 = stamp;
+                match client_config(Some(file)) {
+                    Ok(config) => {
+                        info!(?file, "authorities taken over");
+                        known.1 = config;
+                    }
+                    Err(error) => warn!(%error, "the authorities known before are trusted on"),
+                }
+            }
+        }
+        known.1.clone()
+    }
+}
+
+/// A server's certificate and key, which may be replaced while it serves.
+#[derive(Debug)]
+pub struct ServerCertificate {
+    files: ServerTls,
+    /// WebSockets: HTTP/1.1 is announced (RFC 7301).
+    http: bool,
+    current: Mutex<Current>,
+}
+
+type Stamps = (Option<Stamp>, Option<Stamp>);
+
+#[derive(Debug)]
+struct Current {
+    config: Arc<ServerConfig>,
+    not_after: Option<Timestamp>,
+    /// Of the files as they were read last.
+    read: Stamps,
+    /// Of the files at the last look.
+    seen: Stamps,
+}
+
+impl ServerCertificate {
+    /// For listening to WebSockets.
+    ///
+    /// # Errors
+    ///
+    /// Where certificate and key are missing, broken or no pair.
+    pub fn for_http(files: &ServerTls) -> Result<Arc<ServerCertificate>, TlsError> {
+        ServerCertificate::open(files, true).map(Arc::new)
+    }
+
+    fn open(files: &ServerTls, http: bool) -> Result<ServerCertificate, TlsError> {
+        let read = stamps(files);
+        let (config, not_after) = certified(files, http)?;
+        let current = Mutex::new(Current { config, not_after, read, seen: read });
+        Ok(ServerCertificate { files: files.clone(), http, current })
+    }
+
+    /// Which files these are.
+    pub fn files(&self) -> &ServerTls {
+        &self.files
+    }
+
+    /// For the next connection.
+    pub fn config(&self) -> Arc<ServerConfig> {
+        lock(&self.current).config.clone()
+    }
+
+    /// When the certificate ends, where that could be read.
+    pub fn not_after(&self) -> Option<Timestamp> {
+        lock(&self.current).not_after
+    }
+
+    /// Looks at the files now and then, for ever. Dropping the future loses nothing.
+    pub async fn watch(&self) {
+        loop {
+            tokio::time::sleep(LOOK_INTERVAL).await;
+            self.look();
+        }
+    }
+
+    /// Takes over files that have changed and then stayed so from one look to the next: the two of
+    /// a pair are hardly ever replaced at the same moment.
+    fn look(&self) {
+        let now = stamps(&self.files);
+        let mut current = lock(&self.current);
+        let settled = std::mem::replace(&mut current.seen, now) == now;
+        if !settled || current.read == now {
+            return;
+        }
+        current.read = now;
+        let ServerTls { certificate, key } = &self.files;
+        match certified(&self.files, self.http) {
+            Ok((config, not_after)) => {
+                info!(?certificate, ends = ?not_after, "certificate taken over");
+                current.config = config;
+                current.not_after = not_after;
+            }
+            Err(error) => {
+                warn!(%error, ?certificate, ?key, "the certificate known before is served on");
+            }
+        }
+    }
+}
+
+fn stamps(files: &ServerTls) -> Stamps {
+    (Stamp::of(&files.certificate), Stamp::of(&files.key))
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Looks after a certificate where there is one; for ever.
+pub async fn watch(certificate: Option<&ServerCertificate>) {
+    match certificate {
+        Some(certificate) => certificate.watch().await,
+        None => std::future::pending().await,
+    }
 }
 
 /// Takes TLS connections that carry something else than HTTP, such as syslog (RFC 5425).
 #[derive(Clone)]
-pub struct Acceptor(tokio_rustls::TlsAcceptor);
+pub struct Acceptor(Arc<ServerCertificate>);
 
 /// A connection whose handshake is done.
 pub type ServerStream<S> = tokio_rustls::server::TlsStream<S>;
@@ -141,7 +284,12 @@ pub type ServerStream<S> = tokio_rustls::server::TlsStream<S>;
 impl Acceptor {
     /// With this certificate, for peers of TLS 1.2 or 1.3.
     pub fn new(files: &ServerTls) -> Result<Acceptor, TlsError> {
-        certified(files).map(|config| Acceptor(Arc::new(config).into()))
+        ServerCertificate::open(files, false).map(|certificate| Acceptor(Arc::new(certificate)))
+    }
+
+    /// The certificate that it shows.
+    pub fn certificate(&self) -> &ServerCertificate {
+        &self.0
     }
 
     /// Does the handshake, which the caller bounds in time.
@@ -153,7 +301,7 @@ impl Acceptor {
     where
         S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
     {
-        self.0.accept(stream).await
+        tokio_rustls::TlsAcceptor::from(self.0.config()).accept(stream).await
     }
 }
 
@@ -165,7 +313,10 @@ impl std::fmt::Debug for Acceptor {
 
 /// A certificate whose time is over is served all the same, with a warning: its clients say what
 /// is wrong, and those that trust it anyway go on working.
-fn certified(files: &ServerTls) -> Result<ServerConfig, TlsError> {
+fn certified(
+    files: &ServerTls,
+    http: bool,
+) -> Result<(Arc<ServerConfig>, Option<Timestamp>), TlsError> {
     let chain = certificates("certificate", &files.certificate)?;
     let key = private_key(&files.key)?;
     let now = Timestamp::try_from(SystemTime::now()).unwrap_or(Timestamp::MAX);
@@ -173,7 +324,7 @@ fn certified(files: &ServerTls) -> Result<ServerConfig, TlsError> {
     if let Some(expired) = end.filter(|end| *end < now) {
         warn!(
             certificate = ?files.certificate, %expired,
-            "the certificate has expired and senders refuse it: renew it, then restart"
+            "the certificate has expired and peers refuse it: renew it; it is taken over by itself"
         );
     }
     let config = ServerConfig::builder_with_provider(provider())
@@ -181,7 +332,7 @@ fn certified(files: &ServerTls) -> Result<ServerConfig, TlsError> {
         .map_err(TlsError::Setup)?
         .with_no_client_auth()
         .with_single_cert(chain, key);
-    config.map_err(|error| match error {
+    let mut config = config.map_err(|error| match error {
         rustls::Error::InconsistentKeys(_) => {
             TlsError::Mismatch { certificate: files.certificate.clone(), key: files.key.clone() }
         }
@@ -191,7 +342,11 @@ fn certified(files: &ServerTls) -> Result<ServerConfig, TlsError> {
             reason: fault.to_string(),
         },
         other => TlsError::Setup(other),
-    })
+    })?;
+    if http {
+        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    }
+    Ok((Arc::new(config), end))
 }
 
 fn read(what: &'static str, file: &Path) -> Result<Vec<u8>, TlsError> {

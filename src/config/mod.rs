@@ -49,7 +49,7 @@ pub struct Loaded<T> {
 }
 
 /// What `waybill send` does.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Debug)]
 pub struct SendConfig {
     /// Who opens the connection with a receiver.
     pub connection: ConnectionConfig,
@@ -76,6 +76,8 @@ pub struct SendConfig {
     pub kept_bytes_max: u64,
     /// Show a progress bar (only with `once`, on a terminal).
     pub progress: bool,
+    /// Where metrics and health are served over HTTP.
+    pub metrics: Option<SocketAddr>,
 }
 
 /// Who opens the connection between a sender and its receiver.
@@ -239,7 +241,7 @@ pub enum EndpointAddress {
 }
 
 /// What `waybill receive` does.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Debug)]
 pub struct ReceiveConfig {
     /// Where it listens; `None` where it only dials.
     pub listen: Option<Listen>,
@@ -263,6 +265,8 @@ pub struct ReceiveConfig {
     pub memory_bytes_max: u64,
     /// How long a stop waits for what is under way.
     pub drain_timeout: Duration,
+    /// Where metrics and health are served over HTTP.
+    pub metrics: Option<SocketAddr>,
 }
 
 /// A sender that a receiver dials.
@@ -297,7 +301,7 @@ pub struct ServerTls {
 }
 
 /// Where documents go.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub enum DestinationConfig {
     /// One or more URLs of the same cluster.
     Elasticsearch(ElasticsearchConfig),

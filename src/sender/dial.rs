@@ -12,7 +12,7 @@ use super::connection::{Connections, Ended, Greeted};
 use crate::config::{DialConfig, Endpoint};
 use crate::protocol::SUBPROTOCOL;
 use crate::record::escape_path;
-use crate::tls::ClientConfig;
+use crate::tls::ClientTrust;
 use crate::transport::{ConnectError, Pause, Retry, connect};
 
 /// How long a connection attempt may take, from name to upgrade.
@@ -66,7 +66,7 @@ pub struct Dialler {
     /// What to dial, and how.
     pub config: DialConfig,
     /// TLS for `wss://` endpoints.
-    pub tls: Option<Arc<ClientConfig>>,
+    pub trust: Option<Arc<ClientTrust>>,
     /// What to do with a connection.
     pub connections: Arc<Connections>,
     /// Rung by streams that have something to send.
@@ -145,6 +145,7 @@ impl Dialler {
                     }
                 }
                 Err(error) => {
+                    self.connections.metrics.connection_failures.add(1);
                     if self.once && error.ends_once() && retry.failures() + 1 >= endpoints.len() {
                         return Err(error);
                     }
@@ -176,7 +177,7 @@ impl Dialler {
         let token = tokio::fs::read_to_string(path)
             .await
             .map_err(|source| LinkError::TokenFile { path: escape_path(path), source })?;
-        let tls = self.tls.clone().filter(|_| endpoint.tls);
+        let tls = self.trust.as_ref().filter(|_| endpoint.tls).map(|trust| trust.config());
         let socket = connect(endpoint, tls, token.trim(), SUBPROTOCOL, CONNECT_TIMEOUT).await?;
         self.connections.greet(socket).await.map_err(LinkError::Greeting)
     }

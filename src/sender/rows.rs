@@ -1,7 +1,10 @@
 //! Making rows: what a new segment's row says, and when an old one no longer fits.
 
+use std::sync::Arc;
+
 use uuid::Uuid;
 
+use super::metrics::Counters;
 use crate::config::SourceConfig;
 use crate::protocol::Welcome;
 use crate::record::{Day, Framing, Prefix, Row, SegmentId};
@@ -15,6 +18,8 @@ pub struct Attributes {
     pub source: SourceConfig,
     /// This host's name.
     pub host: String,
+    /// What is counted of the source.
+    pub counters: Arc<Counters>,
 }
 
 /// Where a new row starts.

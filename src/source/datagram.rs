@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use super::drops::{self, Drops};
 use super::socket::{BindError, Intake, SocketFile, SourceError};
 use super::stdin::wait_at_most;
+use crate::metrics::Counter;
 use crate::record::escape_path;
 use crate::spool::{Spool, SpoolError, Throttle};
 
@@ -38,6 +39,8 @@ pub struct DatagramSource {
     /// As log lines name it: the path, or the address.
     name: String,
     kind: Kind,
+    /// What the kernel dropped, as far as it counts that.
+    dropped: Arc<Counter>,
 }
 
 #[derive(Debug)]
@@ -63,7 +66,8 @@ impl DatagramSource {
             socket = %name, queue_datagrams = queue.trim(),
             "listening for datagrams; when the queue is full their senders drop lines",
         );
-        Ok(DatagramSource { socket: Arc::new(socket.into()), name, kind: Kind::Unix(file) })
+        let (socket, kind) = (Arc::new(socket.into()), Kind::Unix(file));
+        Ok(DatagramSource { socket, name, kind, dropped: Arc::default() })
     }
 
     /// Binds a UDP address and asks for a receive buffer of so many bytes, which holds what
@@ -97,7 +101,17 @@ impl DatagramSource {
                 "the kernel grants a smaller receive buffer: set net.core.rmem_max by sysctl(8)",
             );
         }
-        Ok(DatagramSource { socket: Arc::new(socket), name, kind: Kind::Udp })
+        Ok(DatagramSource {
+            socket: Arc::new(socket),
+            name,
+            kind: Kind::Udp,
+            dropped: Arc::default(),
+        })
+    }
+
+    /// Counts in `dropped` what the kernel drops.
+    pub fn counting(self, dropped: Arc<Counter>) -> DatagramSource {
+        DatagramSource { dropped, ..self }
     }
 
     /// Spools one record per datagram until the stop. Then what is queued is taken (senders to a
@@ -132,7 +146,7 @@ impl DatagramSource {
             name: self.name.clone(),
             intake: Intake { spool: spool.clone(), shutdown: stop.token.clone() },
             runtime: Handle::current(),
-            drops: matches!(self.kind, Kind::Udp).then(Drops::new),
+            drops: matches!(self.kind, Kind::Udp).then(|| Drops::new(self.dropped.clone())),
             truncated: Throttle::default(),
             waited: Throttle::default(),
         };

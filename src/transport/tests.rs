@@ -71,7 +71,7 @@ impl Drop for Server {
     }
 }
 
-fn serve(tls: Option<Arc<rustls::ServerConfig>>) -> Server {
+fn serve(tls: Option<Arc<tls::ServerCertificate>>) -> Server {
     let any = Listen::Tcp(SocketAddr::from(([127, 0, 0, 1], 0)));
     run(Listener::bind(&any, tls).expect("bind"))
 }
@@ -137,7 +137,7 @@ impl Authority {
     }
 
     fn server(&self, name: &str, years: (i32, i32)) -> Server {
-        serve(Some(tls::server_config(&self.files(name, years)).expect("server")))
+        serve(Some(tls::ServerCertificate::for_http(&self.files(name, years)).expect("server")))
     }
 }
 
@@ -413,7 +413,7 @@ fn faults_of_certificate_files_are_told_apart() {
     std::fs::write(&empty, "no PEM here\n").expect("write");
     let fault = |certificate: &Path, key: &Path| {
         let files = ServerTls { certificate: certificate.into(), key: key.into() };
-        tls::server_config(&files).expect_err("a fault")
+        tls::ServerCertificate::for_http(&files).expect_err("a fault")
     };
     assert!(matches!(fault(&missing, &good.key), TlsError::Unreadable { what: "certificate", .. }));
     assert!(matches!(fault(&empty, &good.key), TlsError::Empty { what: "certificate", .. }));

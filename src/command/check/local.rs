@@ -170,7 +170,8 @@ pub(super) fn certificate(
     of: Option<&str>,
     files: &crate::config::ServerTls,
 ) -> io::Result<()> {
-    let end = crate::tls::server_config(files).and_then(|_| crate::tls::end_of(&files.certificate));
+    let end = crate::tls::ServerCertificate::for_http(files)
+        .and_then(|_| crate::tls::end_of(&files.certificate));
     match end {
         Ok(end) => report.certificate(check, of, end),
         Err(error) => report.fail(check, of, error.to_string()),
