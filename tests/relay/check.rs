@@ -405,7 +405,7 @@ pub fn cluster(node: &Elasticsearch, rule: &str, dead_letter: &str) {
     sound.says("template", "ok", "version");
     sound.says("durability", "ok", "request");
     sound.says("privileges", "skip", "not checked");
-    check("other-{type}").says("template", "fail", "waybill setup --index");
+    check("other-{type}").says("template", "fail", "it is missing");
 
     let put = |path: &str, body: Value| {
         let (status, answer) = node.request("PUT", path, &body);

@@ -11,7 +11,7 @@ use super::rotation::{compress, rename};
 use super::support::waybill::{Bench, Process, Random, Receiver};
 
 /// How long histories are made; each one is brought to its end.
-const LASTS: Duration = Duration::from_secs(20);
+const LASTS: Duration = Duration::from_secs(10);
 
 /// How many steps one history has.
 const STEPS: usize = 40;
@@ -240,7 +240,9 @@ fn shift_all(bench: &Bench) {
 
 #[test]
 fn random_histories_of_a_log_lose_and_double_nothing() {
-    let mut seeds = Random::new();
+    // The same histories each time, as far as timing lets them; a seed explores others.
+    let seed = std::env::var("WAYBILL_TEST_SEED").ok().and_then(|seed| seed.parse().ok());
+    let mut seeds = Random::from(seed.unwrap_or(1));
     let started = Instant::now();
     while started.elapsed() < LASTS {
         let mut model = Model::new(seeds.below(u64::MAX));

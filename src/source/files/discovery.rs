@@ -224,7 +224,7 @@ mod tests {
         let odd = dir.path().join(std::ffi::OsStr::from_bytes(b"caf\xe9.log"));
         fs::write(&odd, "x\n").expect("write");
         let folder = dir.path().display();
-        assert_eq!(sweep(&format!("{folder}/*.log")).paths, [odd.clone()]);
+        assert_eq!(sweep(&format!("{folder}/*.log")).paths, std::slice::from_ref(&odd));
         assert_eq!(sweep(&format!("{folder}/caf?.log")).paths, [odd]);
         assert!(sweep(&format!("{folder}/*.txt")).paths.is_empty());
     }
