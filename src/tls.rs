@@ -14,11 +14,13 @@ use rustls::RootCertStore;
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::WebPkiClientVerifier;
 pub use rustls::{ClientConfig, ServerConfig};
+use sha2::{Digest as _, Sha256};
 use thiserror::Error;
 use tracing::{info, warn};
 
-use crate::config::ServerTls;
+use crate::config::Identity;
 use crate::stamp::Stamp;
 
 /// How often a server's certificate and key are looked at.
@@ -59,7 +61,7 @@ pub enum TlsError {
     },
     /// Certificate and key are not a pair.
     #[error(
-        "key {key:?} does not belong to certificate {certificate:?}; the chain's first must be the server's own"
+        "key {key:?} does not belong to certificate {certificate:?}; the chain's first must be its own"
     )]
     Mismatch {
         /// Path of the certificate.
@@ -90,17 +92,27 @@ pub fn install_provider() {
     let _ = rustls::crypto::ring::default_provider().install_default();
 }
 
-/// For dialling: trusts the authorities in `ca` (PEM), else the machine's own.
-pub fn client_config(ca: Option<&Path>) -> Result<Arc<ClientConfig>, TlsError> {
+/// For dialling: trusts the authorities in `ca` (PEM), else the machine's own, and presents the
+/// certificate of `identity` to servers that ask for one.
+pub fn client_config(
+    ca: Option<&Path>,
+    identity: Option<&Identity>,
+) -> Result<Arc<ClientConfig>, TlsError> {
     let roots = match ca {
         Some(file) => roots_of(file)?,
         None => native_roots()?,
     };
-    let mut config = ClientConfig::builder_with_provider(provider())
+    let builder = ClientConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()
         .map_err(TlsError::Setup)?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
+        .with_root_certificates(roots);
+    let mut config = match identity {
+        None => builder.with_no_client_auth(),
+        Some(files) => {
+            let Pair { chain, key, .. } = pair(files)?;
+            builder.with_client_auth_cert(chain, key).map_err(|error| pair_fault(files, error))?
+        }
+    };
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(Arc::new(config))
 }
@@ -130,43 +142,46 @@ fn native_roots() -> Result<RootCertStore, TlsError> {
     Ok(roots)
 }
 
-/// Whom to trust when dialling: the authorities in a file, or the machine's own. The file is read
-/// anew when it has changed.
+/// What a side that dials trusts, the authorities in a file or the machine's own, and the certificate
+/// that it shows to servers that ask for one. The files are read anew when they have changed.
 #[derive(Debug)]
 pub struct ClientTrust {
     ca: Option<PathBuf>,
-    known: Mutex<(Option<Stamp>, Arc<ClientConfig>)>,
+    identity: Option<Identity>,
+    known: Mutex<(Vec<Option<Stamp>>, Arc<ClientConfig>)>,
 }
 
 impl ClientTrust {
-    /// Reads the authorities.
+    /// Reads the files.
     ///
     /// # Errors
     ///
     /// Where they cannot be used.
-    pub fn open(ca: Option<&Path>) -> Result<Arc<ClientTrust>, TlsError> {
-        let stamp = ca.and_then(Stamp::of);
-        let config = client_config(ca)?;
-        let known = Mutex::new((stamp, config));
-        Ok(Arc::new(ClientTrust { ca: ca.map(Path::to_owned), known }))
+    pub fn open(
+        ca: Option<&Path>,
+        identity: Option<&Identity>,
+    ) -> Result<Arc<ClientTrust>, TlsError> {
+        let stamps = stamps(identity, ca);
+        let known = Mutex::new((stamps, client_config(ca, identity)?));
+        let (ca, identity) = (ca.map(Path::to_owned), identity.cloned());
+        Ok(Arc::new(ClientTrust { ca, identity, known }))
     }
 
-    /// For the next connection. A file that is broken by now is named, and the authorities known
-    /// before are trusted on.
+    /// For the next connection. A file that is broken by now is named, and what was known before
+    /// holds on.
     pub fn config(&self) -> Arc<ClientConfig> {
+        let (ca, identity) = (self.ca.as_deref(), self.identity.as_ref());
         let mut known = lock(&self.known);
-        if let Some(file) = &self.ca {
-            // Taken before the file is read: an edit in between is met the next time.
-            let stamp = Stamp::of(file);
-            if known.0 != stamp {
-                known.0 = stamp;
-                match client_config(Some(file)) {
-                    Ok(config) => {
-                        info!(?file, "authorities taken over");
-                        known.1 = config;
-                    }
-                    Err(error) => warn!(%error, "the authorities known before are trusted on"),
+        // Taken before the files are read: an edit in between is met the next time.
+        let stamps = stamps(identity, ca);
+        if known.0 != stamps {
+            known.0 = stamps;
+            match client_config(ca, identity) {
+                Ok(config) => {
+                    info!(?ca, certificate = ?identity.map(|files| &files.certificate), "TLS files taken over");
+                    known.1 = config;
                 }
+                Err(error) => warn!(%error, "the TLS files known before are used on"),
             }
         }
         known.1.clone()
@@ -176,44 +191,70 @@ impl ClientTrust {
 /// A server's certificate and key, which may be replaced while it serves.
 #[derive(Debug)]
 pub struct ServerCertificate {
-    files: ServerTls,
+    files: Identity,
+    /// The authorities whose client certificates are taken.
+    client_ca: Option<PathBuf>,
     /// WebSockets: HTTP/1.1 is announced (RFC 7301).
     http: bool,
     current: Mutex<Current>,
 }
-
-type Stamps = (Option<Stamp>, Option<Stamp>);
 
 #[derive(Debug)]
 struct Current {
     config: Arc<ServerConfig>,
     not_after: Option<Timestamp>,
     /// Of the files as they were read last.
-    read: Stamps,
+    read: Vec<Option<Stamp>>,
     /// Of the files at the last look.
-    seen: Stamps,
+    seen: Vec<Option<Stamp>>,
 }
 
 impl ServerCertificate {
     /// For listening to WebSockets.
     ///
+    /// With `client_ca` (PEM) peers are asked for a certificate. One that these authorities did not
+    /// sign ends the handshake; a peer without any goes on, and what it may do is decided elsewhere.
+    ///
     /// # Errors
     ///
-    /// Where certificate and key are missing, broken or no pair.
-    pub fn for_http(files: &ServerTls) -> Result<Arc<ServerCertificate>, TlsError> {
-        ServerCertificate::open(files, true).map(Arc::new)
+    /// Where certificate, key or authorities are missing, broken or no pair.
+    pub fn for_http(
+        files: &Identity,
+        client_ca: Option<&Path>,
+    ) -> Result<Arc<ServerCertificate>, TlsError> {
+        ServerCertificate::open(files, client_ca, true).map(Arc::new)
     }
 
-    fn open(files: &ServerTls, http: bool) -> Result<ServerCertificate, TlsError> {
-        let read = stamps(files);
-        let (config, not_after) = certified(files, http)?;
-        let current = Mutex::new(Current { config, not_after, read, seen: read });
-        Ok(ServerCertificate { files: files.clone(), http, current })
+    /// The same as `known` where it is of these files, else opened from them; `None` without files.
+    ///
+    /// # Errors
+    ///
+    /// As [`ServerCertificate::for_http`].
+    pub fn again(
+        known: Option<&Arc<ServerCertificate>>,
+        files: Option<&Identity>,
+        client_ca: Option<&Path>,
+    ) -> Result<Option<Arc<ServerCertificate>>, TlsError> {
+        let Some(files) = files else { return Ok(None) };
+        let same = |known: &&Arc<ServerCertificate>| {
+            known.files == *files && known.client_ca.as_deref() == client_ca
+        };
+        match known.filter(same) {
+            Some(known) => Ok(Some(known.clone())),
+            None => ServerCertificate::for_http(files, client_ca).map(Some),
+        }
     }
 
-    /// Which files these are.
-    pub fn files(&self) -> &ServerTls {
-        &self.files
+    fn open(
+        files: &Identity,
+        client_ca: Option<&Path>,
+        http: bool,
+    ) -> Result<ServerCertificate, TlsError> {
+        let read = stamps(Some(files), client_ca);
+        let (config, not_after) = certified(files, client_ca, http)?;
+        let current = Mutex::new(Current { config, not_after, seen: read.clone(), read });
+        let (files, client_ca) = (files.clone(), client_ca.map(Path::to_owned));
+        Ok(ServerCertificate { files, client_ca, http, current })
     }
 
     /// For the next connection.
@@ -237,15 +278,16 @@ impl ServerCertificate {
     /// Takes over files that have changed and then stayed so from one look to the next: the two of
     /// a pair are hardly ever replaced at the same moment.
     fn look(&self) {
-        let now = stamps(&self.files);
+        let now = stamps(Some(&self.files), self.client_ca.as_deref());
         let mut current = lock(&self.current);
-        let settled = std::mem::replace(&mut current.seen, now) == now;
+        let settled = current.seen == now;
+        current.seen.clone_from(&now);
         if !settled || current.read == now {
             return;
         }
         current.read = now;
-        let ServerTls { certificate, key } = &self.files;
-        match certified(&self.files, self.http) {
+        let Identity { certificate, key } = &self.files;
+        match certified(&self.files, self.client_ca.as_deref(), self.http) {
             Ok((config, not_after)) => {
                 info!(?certificate, ends = ?not_after, "certificate taken over");
                 current.config = config;
@@ -258,8 +300,10 @@ impl ServerCertificate {
     }
 }
 
-fn stamps(files: &ServerTls) -> Stamps {
-    (Stamp::of(&files.certificate), Stamp::of(&files.key))
+/// Of a certificate, its key and a file of authorities, as far as there are any.
+fn stamps(identity: Option<&Identity>, ca: Option<&Path>) -> Vec<Option<Stamp>> {
+    let pair = identity.map(|files| [files.certificate.as_path(), &files.key]);
+    pair.into_iter().flatten().chain(ca).map(Stamp::of).collect()
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -283,8 +327,8 @@ pub type ServerStream<S> = tokio_rustls::server::TlsStream<S>;
 
 impl Acceptor {
     /// With this certificate, for peers of TLS 1.2 or 1.3.
-    pub fn new(files: &ServerTls) -> Result<Acceptor, TlsError> {
-        ServerCertificate::open(files, false).map(|certificate| Acceptor(Arc::new(certificate)))
+    pub fn new(files: &Identity) -> Result<Acceptor, TlsError> {
+        ServerCertificate::open(files, None, false).map(|opened| Acceptor(Arc::new(opened)))
     }
 
     /// The certificate that it shows.
@@ -311,12 +355,49 @@ impl std::fmt::Debug for Acceptor {
     }
 }
 
-/// A certificate whose time is over is served all the same, with a warning: its clients say what
-/// is wrong, and those that trust it anyway go on working.
+/// What a server shows and asks for, and when its certificate ends, where that can be read.
 fn certified(
-    files: &ServerTls,
+    files: &Identity,
+    client_ca: Option<&Path>,
     http: bool,
 ) -> Result<(Arc<ServerConfig>, Option<Timestamp>), TlsError> {
+    let clients = match client_ca {
+        None => WebPkiClientVerifier::no_client_auth(),
+        Some(file) => {
+            let roots = Arc::new(roots_of(file)?);
+            WebPkiClientVerifier::builder_with_provider(roots, provider())
+                .allow_unauthenticated()
+                .build()
+                .map_err(|error| TlsError::Broken {
+                    what: "CA file",
+                    file: file.to_owned(),
+                    reason: error.to_string(),
+                })?
+        }
+    };
+    let Pair { chain, key, end } = pair(files)?;
+    let mut config = ServerConfig::builder_with_provider(provider())
+        .with_safe_default_protocol_versions()
+        .map_err(TlsError::Setup)?
+        .with_client_cert_verifier(clients)
+        .with_single_cert(chain, key)
+        .map_err(|error| pair_fault(files, error))?;
+    if http {
+        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    }
+    Ok((Arc::new(config), end))
+}
+
+struct Pair {
+    chain: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+    /// When the certificate ends, where that can be read.
+    end: Option<Timestamp>,
+}
+
+/// A certificate whose time is over is shown all the same, with a warning: its peers say what is
+/// wrong, and those that trust it anyway go on working.
+fn pair(files: &Identity) -> Result<Pair, TlsError> {
     let chain = certificates("certificate", &files.certificate)?;
     let key = private_key(&files.key)?;
     let now = Timestamp::try_from(SystemTime::now()).unwrap_or(Timestamp::MAX);
@@ -327,12 +408,11 @@ fn certified(
             "the certificate has expired and peers refuse it: renew it; it is taken over by itself"
         );
     }
-    let config = ServerConfig::builder_with_provider(provider())
-        .with_safe_default_protocol_versions()
-        .map_err(TlsError::Setup)?
-        .with_no_client_auth()
-        .with_single_cert(chain, key);
-    let mut config = config.map_err(|error| match error {
+    Ok(Pair { chain, key, end })
+}
+
+fn pair_fault(files: &Identity, error: rustls::Error) -> TlsError {
+    match error {
         rustls::Error::InconsistentKeys(_) => {
             TlsError::Mismatch { certificate: files.certificate.clone(), key: files.key.clone() }
         }
@@ -342,11 +422,25 @@ fn certified(
             reason: fault.to_string(),
         },
         other => TlsError::Setup(other),
-    })?;
-    if http {
-        config.alpn_protocols = vec![b"http/1.1".to_vec()];
     }
-    Ok((Arc::new(config), end))
+}
+
+/// SHA-256 of a certificate's DER, as `openssl x509 -fingerprint -sha256` prints it.
+pub type Fingerprint = [u8; 32];
+
+/// The fingerprint of a certificate in DER.
+pub fn fingerprint(certificate: &[u8]) -> Fingerprint {
+    Sha256::digest(certificate).into()
+}
+
+/// The fingerprint of the first certificate in a PEM text; `None` where there is none.
+pub fn fingerprint_of_pem(pem: &[u8]) -> Option<Fingerprint> {
+    CertificateDer::from_pem_slice(pem).ok().map(|certificate| fingerprint(&certificate))
+}
+
+/// The fingerprint of the first certificate in a PEM file.
+pub fn fingerprint_of_file(file: &Path) -> Result<Fingerprint, TlsError> {
+    certificates("certificate", file).map(|chain| fingerprint(&chain[0]))
 }
 
 fn read(what: &'static str, file: &Path) -> Result<Vec<u8>, TlsError> {
@@ -444,7 +538,7 @@ pub(crate) async fn dial_for_test(
     address: &str,
     authority: &Path,
 ) -> tokio_rustls::client::TlsStream<tokio::net::TcpStream> {
-    let config = client_config(Some(authority)).expect("a configuration");
+    let config = client_config(Some(authority), None).expect("a configuration");
     let stream = tokio::net::TcpStream::connect(address).await.expect("connect");
     let name = rustls::pki_types::ServerName::try_from("localhost").expect("a name");
     tokio_rustls::TlsConnector::from(config).connect(name, stream).await.expect("a handshake")

@@ -144,10 +144,8 @@ fn prepare(
 /// The address where the configuration listens, if it does; `current` may have it bound already.
 fn listen(config: &ReceiveConfig, current: Option<&Running>) -> anyhow::Result<Option<Listener>> {
     let bound = current.and_then(|current| current.listener.as_ref());
-    let tls = match bound.and_then(Listener::certificate) {
-        Some(known) if Some(known.files()) == config.tls.as_ref() => Some(known.clone()),
-        _ => config.tls.as_ref().map(ServerCertificate::for_http).transpose()?,
-    };
+    let known = bound.and_then(Listener::certificate);
+    let tls = ServerCertificate::again(known, config.tls.as_ref(), config.client_ca.as_deref())?;
     let Some(address) = &config.listen else { return Ok(None) };
     if let Some(bound) = bound
         && current.is_some_and(|current| current.config.listen == config.listen)
@@ -208,6 +206,8 @@ mod tests {
             listen: Some(Listen::Unix(dir.path().join("waybill.sock"))),
             tls: None,
             dials: Vec::new(),
+            client_ca: None,
+            trust_client_headers: false,
             tokens: dir.path().join("tokens.toml"),
             destination: DestinationConfig::Embedded(EmbeddedConfig {
                 file: dir.path().join("store.sqlite"),
@@ -232,7 +232,7 @@ mod tests {
     async fn it_ends_with_the_shutdown_and_leaves_no_socket() {
         let dir = tempfile::tempdir().expect("tempdir");
         let config = config(&dir);
-        tokens::mint(&config.tokens, "web-1", None, None).expect("mint");
+        tokens::mint(&config.tokens, "web-1", tokens::Terms::default()).expect("mint");
         let shutdown = Shutdown::new();
         let running = tokio::spawn(run(config, shutdown.clone(), unchanged));
         let socket = dir.path().join("waybill.sock");

@@ -64,6 +64,19 @@ pub async fn run(args: cli::Send, environment: Environment) -> anyhow::Result<Ex
         }
     };
     sender.close().await;
+    // Sockets count to their end, over all configurations that were in force.
+    let summary = metrics.summary(summary.complete);
+    info!(
+        stored = summary.stored,
+        already = summary.already,
+        skipped = summary.skipped,
+        parked = summary.parked,
+        sent_bytes = summary.sent_bytes,
+        resent_bytes = summary.resent_bytes,
+        lost_bytes = summary.lost_bytes,
+        lost_datagrams = summary.lost_datagrams,
+        "ended"
+    );
     Ok(if once && !summary.complete { Exit::Failed } else { Exit::Done })
 }
 

@@ -61,7 +61,7 @@ impl Dial {
     /// Reads the authorities to trust.
     pub fn new(config: DialledSender) -> Result<Dial, TlsError> {
         let trust = match config.endpoint.tls {
-            true => Some(ClientTrust::open(config.ca.as_deref())?),
+            true => Some(ClientTrust::open(config.ca.as_deref(), None)?),
             false => None,
         };
         Ok(Dial { config, trust })

@@ -97,6 +97,7 @@ impl Metrics {
             summary.sent_bytes += counters.sent_bytes.get();
             summary.resent_bytes += counters.resent_bytes.get();
             summary.lost_bytes += counters.lost_bytes.get();
+            summary.lost_datagrams += counters.dropped_datagrams.get();
         }
         summary.complete = complete && summary.parked == 0 && summary.lost_bytes == 0;
         summary

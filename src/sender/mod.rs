@@ -32,11 +32,13 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
+use uuid::Uuid;
 
 use crate::config::{ConnectionConfig, DialConfig, Input, SendConfig, SourceConfig};
 use crate::shutdown::Shutdown;
+use crate::source::files::tail::Tail;
 use crate::spool::{Budget, Spool};
-use crate::state::{State, StateError, machine_identity};
+use crate::state::{self, Entry, State, StateError, machine_identity};
 use crate::telemetry::Progress;
 use crate::tls::{ClientTrust, TlsError};
 
@@ -47,8 +49,9 @@ use intakes::{Intakes, Needed};
 use link::Links;
 use listen::{Address, ListenError, Listening};
 pub use metrics::Metrics;
+use origin::{FileOrigin, Origin};
 use receipts::Receipts;
-use rows::Attributes;
+use rows::{Attributes, Opening, progress_at_start};
 use spools::SpoolFollower;
 
 /// How often positions are made durable.
@@ -66,7 +69,7 @@ pub enum SendError {
     /// The state directory cannot be used.
     #[error(transparent)]
     State(#[from] StateError),
-    /// The CA file cannot be used.
+    /// The CA file, the certificate or its key cannot be used.
     #[error(transparent)]
     Tls(#[from] TlsError),
     /// A running sender keeps its state directory.
@@ -116,6 +119,8 @@ pub struct Summary {
     pub resent_bytes: u64,
     /// Bytes that were reported lost.
     pub lost_bytes: u64,
+    /// Datagrams that the kernel counted as dropped, at all UDP sockets.
+    pub lost_datagrams: u64,
     /// Every line was receipted: with `--once`, the exit code depends on it.
     pub complete: bool,
 }
@@ -185,30 +190,32 @@ pub struct Sender {
 /// A configuration of which everything is opened that can be before it is in force.
 pub struct Prepared {
     config: Arc<SendConfig>,
-    opening: Opening,
+    opener: Opener,
     receipts: Option<(Receipts, JoinHandle<()>)>,
     sources: Vec<Arc<Attributes>>,
     needed: Needed,
 }
 
 /// Who opens the connection with a receiver, and what that takes.
-enum Opening {
+enum Opener {
     Dial(DialConfig, Option<Arc<ClientTrust>>),
     Listen(Listening),
 }
 
-impl Opening {
-    fn of(config: &ConnectionConfig, current: Option<&Address>) -> Result<Opening, SendError> {
+impl Opener {
+    fn of(config: &ConnectionConfig, current: Option<&Address>) -> Result<Opener, SendError> {
         match config.clone() {
             ConnectionConfig::Dial(config) => {
                 let trust = match config.to.iter().any(|endpoint| endpoint.tls) {
-                    true => Some(ClientTrust::open(config.ca.as_deref())?),
+                    true => {
+                        Some(ClientTrust::open(config.ca.as_deref(), config.identity.as_ref())?)
+                    }
                     false => None,
                 };
-                Ok(Opening::Dial(config, trust))
+                Ok(Opener::Dial(config, trust))
             }
             ConnectionConfig::Listen(config) => {
-                Ok(Opening::Listen(Listening::open(config, current)?))
+                Ok(Opener::Listen(Listening::open(config, current)?))
             }
         }
     }
@@ -249,7 +256,7 @@ impl Sender {
         if config.state_dir != self.state.dir() {
             return Err(SendError::StateMoved { dir: self.state.dir().to_owned() });
         }
-        let opening = Opening::of(&config.connection, self.address.as_ref())?;
+        let opener = Opener::of(&config.connection, self.address.as_ref())?;
         let receipts = config.receipts.as_ref().map(|target| {
             Receipts::open(target)
                 .map_err(|source| SendError::Receipts { path: format!("{target:?}"), source })
@@ -262,7 +269,7 @@ impl Sender {
         let sources: Vec<_> = config.sources.iter().map(attributes).collect();
         let needed = self.intakes.open(&sources, self.state.dir(), &self.budget)?;
         let (config, receipts) = (Arc::new(config), receipts.transpose()?);
-        Ok(Prepared { config, opening, receipts, sources, needed })
+        Ok(Prepared { config, opener, receipts, sources, needed })
     }
 
     /// Puts a configuration in force that takes the place of the one before, which has ended.
@@ -278,7 +285,7 @@ impl Sender {
         prepared: Prepared,
         part: Shutdown,
     ) -> Result<impl Future<Output = Result<Summary, SendError>> + Send + use<>, SendError> {
-        let Prepared { config, opening, receipts, sources, needed } = prepared;
+        let Prepared { config, opener, receipts, sources, needed } = prepared;
         self.budget.set_max(config.spool_bytes_max);
         let (dir, budget) = (self.state.dir(), &self.budget);
         self.intakes.change(&sources, needed, dir, budget, &self.shutdown).await?;
@@ -307,16 +314,16 @@ impl Sender {
             stop: ending,
             metrics: self.metrics.clone(),
         };
-        self.address = match &opening {
-            Opening::Dial(..) => None,
-            Opening::Listen(listening) => Some(listening.address()),
+        self.address = match &opener {
+            Opener::Dial(..) => None,
+            Opener::Listen(listening) => Some(listening.address()),
         };
-        let connector = match opening {
-            Opening::Dial(dial, trust) => {
+        let connector = match opener {
+            Opener::Dial(dial, trust) => {
                 let (connections, once) = (Arc::new(connections), config.once);
                 Connector::Dial(Dialler { config: dial, trust, connections, wanted, once })
             }
-            Opening::Listen(listening) => Connector::Listen(listening, connections),
+            Opener::Listen(listening) => Connector::Listen(listening, connections),
         };
         let mut spools = Vec::new();
         let mut followers = Vec::new();
@@ -493,6 +500,36 @@ impl Saver {
                 some space in the state directory");
         }
     }
+}
+
+/// The row that a sender of this source would open in this file at this offset; nothing is written.
+/// The file must reach that far.
+pub fn open_file_row(
+    source: &SourceConfig,
+    tail: Tail,
+    start: u64,
+) -> io::Result<(Entry, state::Progress)> {
+    let mut file = Origin::File(FileOrigin::new(tail)?);
+    let before = file.before(start)?;
+    let Origin::File(file) = file else { unreachable!("it is a file") };
+    let opening = Opening::in_file(Uuid::now_v7(), &file, start)?;
+    let entry = offline(source).open(opening, None);
+    let mut progress = progress_at_start(&entry.row, &file.tail, &before);
+    if !file.tail.is_compressed() {
+        progress.size = file.tail.size()?;
+    }
+    Ok((entry, progress))
+}
+
+/// The row that makes a sender of this source send of this file only what comes after now; nothing is
+/// written.
+pub fn pass_over_row(source: &SourceConfig, mut tail: Tail) -> io::Result<Entry> {
+    let path = tail.path().to_owned();
+    rows::passed_over(&offline(source), &mut tail, &path)
+}
+
+fn offline(source: &SourceConfig) -> Attributes {
+    Attributes { source: source.clone(), host: host_name(), counters: Arc::default() }
 }
 
 fn host_name() -> String {

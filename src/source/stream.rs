@@ -19,7 +19,7 @@ use tokio_util::task::TaskTracker;
 
 use super::connection::Accepted;
 use super::socket::{BindError, Intake, SocketFile, SourceError};
-use crate::config::ServerTls;
+use crate::config::Identity;
 use crate::record::escape_path;
 use crate::spool::{Spool, Throttle};
 use crate::tls::{self, Acceptor};
@@ -68,7 +68,7 @@ impl StreamSource {
     /// certificate or its key is unfit.
     pub fn bind_tcp(
         address: SocketAddr,
-        tls: Option<&ServerTls>,
+        tls: Option<&Identity>,
     ) -> Result<StreamSource, BindError> {
         let tls = tls.map(Acceptor::new).transpose()?;
         // The standard library sets SO_REUSEADDR: a restart need not wait for TIME_WAIT.
@@ -299,7 +299,7 @@ pub(super) mod tests {
         SocketAddr::from(([127, 0, 0, 1], 0))
     }
 
-    fn listen(tls: Option<&ServerTls>) -> Network {
+    fn listen(tls: Option<&Identity>) -> Network {
         let dir = TempDir::new().expect("dir");
         let source = StreamSource::bind_tcp(loopback(), tls).expect("bind");
         let address = source.name.clone();
@@ -388,9 +388,9 @@ pub(super) mod tests {
         drop(peer);
     }
 
-    fn certificate(dir: &Path) -> (ServerTls, std::path::PathBuf) {
+    fn certificate(dir: &Path) -> (Identity, std::path::PathBuf) {
         let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).expect("made");
-        let files = ServerTls { certificate: dir.join("cert.pem"), key: dir.join("key.pem") };
+        let files = Identity { certificate: dir.join("cert.pem"), key: dir.join("key.pem") };
         std::fs::write(&files.certificate, made.cert.pem()).expect("write");
         std::fs::write(&files.key, made.signing_key.serialize_pem()).expect("write");
         let authority = files.certificate.clone();

@@ -4,12 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::Write;
 use std::os::unix::net::UnixDatagram;
-use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
-use super::support::servers::{cache, free_port, http, quick, root, skip, wait_until};
+use super::support::servers::{free_port, http, root, unpacked, wait_until};
 use super::support::store::run;
 use super::support::waybill::{Bench, PATIENCE, Process, Receiver, lines, waybill};
 
@@ -211,15 +210,10 @@ fn metrics_for_other_machines_need_the_flag_that_names_the_danger() {
     }
 }
 
-/// Prometheus's own tool: on the PATH, or unpacked by `scripts/test`.
+/// Prometheus's own tool.
 fn promtool(arguments: &[&str]) -> Option<Command> {
-    let unpacked = cache().join("prometheus");
-    let found = [PathBuf::from("/"), unpacked].map(|root| root.join("usr/bin/promtool"));
-    let Some(program) = found.iter().find(|program| program.is_file()).filter(|_| !quick()) else {
-        skip("promtool is missing; scripts/test fetches it");
-        return None;
-    };
-    let mut command = Command::new(program);
+    const PROGRAM: &str = "usr/bin/promtool";
+    let mut command = Command::new(unpacked("prometheus", PROGRAM)?.join(PROGRAM));
     command.args(arguments);
     Some(command)
 }

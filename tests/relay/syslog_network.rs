@@ -3,14 +3,14 @@
 use std::fs;
 use std::io::{self, Write};
 use std::net::{TcpStream, UdpSocket};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use super::metrics::Scrape;
-use super::support::servers::{SyslogNg, cache, free_port, quick, skip, wait_until};
+use super::support::servers::{SyslogNg, free_port, quick, skip, unpacked, wait_until};
 use super::support::waybill::{Bench, Certificates, PATIENCE, Process, Receiver, lines, waybill};
 
 /// A sender's listeners, each on a port of its own.
@@ -54,7 +54,7 @@ fn certificates(bench: &Bench) -> Certificates {
 }
 
 /// `waybill send --config` with this `[[source]]`.
-fn sender_of(bench: &Bench, receiver: &Receiver, settings: &str, source: &str) -> Process {
+pub fn sender_of(bench: &Bench, receiver: &Receiver, settings: &str, source: &str) -> Process {
     let text = format!(
         "to = {:?}\ntoken_file = 'test.token'\nstate_dir = 'state'\n{settings}\n{source}",
         receiver.url()
@@ -159,7 +159,7 @@ fn logger_by_udp_tcp_and_octet_count_in_both_formats() {
 // --- syslog-ng -------------------------------------------------------------------------------------------------------
 
 /// Destinations of syslog-ng, still without their closing parenthesis, by the program's name that marks their lines.
-fn syslog_ng_configuration(destinations: &[(&str, String)]) -> String {
+pub fn syslog_ng_configuration(destinations: &[(&str, String)]) -> String {
     let mut text = "@version: 3.35\noptions { time-reopen(1); stats-freq(0); };\n\
         source s { file(\"@FOLDER@/in.log\" flags(no-parse) follow-freq(0.1)); };\n"
         .to_owned();
@@ -285,13 +285,7 @@ fn syslog_ng_dials_again_after_a_kill_and_nothing_stored_is_doubled() {
 /// rsyslog's daemon with its folders of modules and libraries: the one on the PATH, else the one that `scripts/test`
 /// unpacked beside syslog-ng.
 fn rsyslogd(configuration: &Path, work: &Path) -> Option<Command> {
-    let root = [PathBuf::from("/"), cache().join("rsyslog")]
-        .into_iter()
-        .find(|root| root.join("usr/sbin/rsyslogd").is_file());
-    let Some(root) = root.filter(|_| !quick()) else {
-        skip("rsyslogd is missing; scripts/test fetches it");
-        return None;
-    };
+    let root = unpacked("rsyslog", "usr/sbin/rsyslogd")?;
     let libraries = root.join("usr/lib").join(format!("{}-linux-gnu", std::env::consts::ARCH));
     let mut command = Command::new(root.join("usr/sbin/rsyslogd"));
     command
@@ -452,6 +446,7 @@ fn a_full_spool_holds_tcp_back_and_counts_what_udp_loses() {
     assert_eq!(stored.iter().filter(datagrams).count(), taken);
     assert!(sender.stop().success());
     assert_eq!(sum_of(&sender.log(), "lost"), lost);
+    assert_eq!(sum_of(&sender.log(), "lost_datagrams"), lost, "in the totals too");
 }
 
 // --- Bad peers and bad places ----------------------------------------------------------------------------------------

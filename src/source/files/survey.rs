@@ -37,12 +37,15 @@ pub struct Survey {
 
 type Listing = BTreeMap<PathBuf, Listed>;
 
+/// A file that was listed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Listed {
+pub struct Listed {
     inode: Inode,
     stamp: Stamp,
-    source: usize,
-    elsewhere: bool,
+    /// Number of its source.
+    pub source: usize,
+    /// It lies where the source says that rotated files lie too.
+    pub elsewhere: bool,
 }
 
 /// Adds relatives to the files found, except those that `is_known` says need no look.
@@ -85,7 +88,8 @@ pub fn survey(
     Err(io::Error::other("files are renamed faster than they can be opened"))
 }
 
-fn list(scope: &Scope) -> Listing {
+/// The families of the paths in the scope and what lies in the places of rotated files, as it is now.
+pub fn list(scope: &Scope) -> BTreeMap<PathBuf, Listed> {
     let mut folders: BTreeMap<&Path, BTreeMap<&[u8], usize>> = BTreeMap::new();
     for (path, source) in scope.bases.iter().filter(|(path, _)| path.is_absolute()) {
         if let (Some(folder), Some(name)) = (path.parent(), path.file_name()) {
