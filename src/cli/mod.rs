@@ -136,7 +136,7 @@ pub struct Send {
     /// Most bytes per second to write, such as 64KiB, for a thin line [default: no limit]
     #[arg(long, value_name = "SIZE", value_parser = value::size, help_heading = "Receiver")]
     pub rate_limit: Option<u64>,
-    /// PEM file with the client certificate to present, chain included; read anew at each connection
+    /// PEM file with the client certificate to present, chain included; a changed one is taken over
     #[arg(long, value_name = "PEM", help_heading = "Receiver")]
     pub cert: Option<PathBuf>,
     /// PEM file with its key

@@ -14,7 +14,7 @@ use tracing::{error, info, warn};
 
 use super::reload;
 use crate::config::{DestinationConfig, ReceiveConfig};
-use crate::destination::{Destination, OpenError, Profile, Queue};
+use crate::destination::{Destination, Profile, Queue};
 use crate::metrics::Endpoint;
 use crate::receiver::{Dial, Metrics, Receiver};
 use crate::shutdown::Shutdown;
@@ -34,7 +34,7 @@ pub async fn run(
     load: impl Fn() -> anyhow::Result<ReceiveConfig>,
 ) -> anyhow::Result<()> {
     let metrics = Arc::new(Metrics::default());
-    let mut store = Store::open(&config.destination, Arc::default())?;
+    let mut store = Store::start(Destination::open(&config.destination)?, Arc::default());
     let part = shutdown.part();
     let queue = Arc::clone(&store.queue);
     let receiver = Receiver::new(&config, &store.profile, queue, part.clone(), metrics.clone())?;
@@ -66,23 +66,24 @@ pub async fn run(
                 }
             }
         };
-        let Some((next, mut next_receiver, next_dials, change)) = next else { break };
+        let Some(mut next) = next else { break };
         current.part.request_alone();
         serving.await;
-        store = match change {
+        store = match next.store {
             StoreChange::None => store,
-            StoreChange::To(new) => {
+            StoreChange::To(new, queue) => {
                 store.close().await;
-                new
+                Store::start(*new, queue)
             }
             StoreChange::Reopen(queue) => {
                 store.close().await;
-                let new = Store::open(&next.config.destination, queue)?;
-                next_receiver.reopened(&new.profile);
+                let new = Destination::open(&next.running.config.destination)?;
+                let new = Store::start(new, queue);
+                next.receiver.reopened(&new.profile);
                 new
             }
         };
-        (current, receiver, dials) = (next, next_receiver, next_dials);
+        (current, receiver, dials) = (next.running, next.receiver, next.dials);
         reload::done();
     }
     store.close().await;
@@ -98,10 +99,19 @@ struct Running {
     part: Shutdown,
 }
 
+/// What is to take its place.
+struct Next {
+    running: Running,
+    receiver: Receiver,
+    dials: Vec<Dial>,
+    store: StoreChange,
+}
+
 /// What becomes of the destination.
 enum StoreChange {
     None,
-    To(Store),
+    /// Open, and not at work before the former has ended.
+    To(Box<Destination>, Arc<Queue>),
     /// Under other settings, once it is closed: two must not have one file open.
     Reopen(Arc<Queue>),
 }
@@ -114,7 +124,7 @@ fn prepare(
     store: &Store,
     shutdown: &Shutdown,
     metrics: &Arc<Metrics>,
-) -> anyhow::Result<Option<(Running, Receiver, Vec<Dial>, StoreChange)>> {
+) -> anyhow::Result<Option<Next>> {
     if config == current.config {
         return Ok(None);
     }
@@ -128,17 +138,18 @@ fn prepare(
         {
             StoreChange::Reopen(Arc::default())
         }
-        (_, new) => StoreChange::To(Store::open(new, Arc::default())?),
+        (_, new) => StoreChange::To(Box::new(Destination::open(new)?), Arc::default()),
     };
     let (profile, queue) = match &change {
-        StoreChange::None => (&store.profile, &store.queue),
-        StoreChange::To(new) => (&new.profile, &new.queue),
-        StoreChange::Reopen(queue) => (&store.profile, queue),
+        StoreChange::None => (store.profile.clone(), &store.queue),
+        StoreChange::To(new, queue) => (new.profile(), queue),
+        StoreChange::Reopen(queue) => (store.profile.clone(), queue),
     };
     let part = shutdown.part();
     let receiver =
-        Receiver::new(&config, profile, Arc::clone(queue), part.clone(), metrics.clone())?;
-    Ok(Some((Running { config, listener, endpoint, part }, receiver, dials, change)))
+        Receiver::new(&config, &profile, Arc::clone(queue), part.clone(), metrics.clone())?;
+    let running = Running { config, listener, endpoint, part };
+    Ok(Some(Next { running, receiver, dials, store: change }))
 }
 
 /// The address where the configuration listens, if it does; `current` may have it bound already.
@@ -173,11 +184,10 @@ struct Store {
 }
 
 impl Store {
-    fn open(config: &DestinationConfig, queue: Arc<Queue>) -> Result<Store, OpenError> {
-        let destination = Destination::open(config)?;
+    fn start(destination: Destination, queue: Arc<Queue>) -> Store {
         let (profile, stop) = (destination.profile(), CancellationToken::new());
         let writing = tokio::spawn(destination.run(Arc::clone(&queue), stop.clone()));
-        Ok(Store { profile, queue, stop, writing })
+        Store { profile, queue, stop, writing }
     }
 
     /// Lets it finish what it has begun.

@@ -49,7 +49,8 @@ fn text(path: &Path) -> String {
 #[track_caller]
 fn assert_each_once(mut found: Vec<String>, expected: impl Iterator<Item = String>) {
     let mut expected: Vec<String> = expected.collect();
-    (found.sort(), expected.sort());
+    found.sort();
+    expected.sort();
     let strange: Vec<_> =
         found.iter().filter(|line| expected.binary_search(line).is_err()).take(5).collect();
     let missing = expected.iter().filter(|line| found.binary_search(line).is_err()).count();

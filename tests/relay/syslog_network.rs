@@ -284,7 +284,7 @@ fn syslog_ng_dials_again_after_a_kill_and_nothing_stored_is_doubled() {
 
 /// rsyslog's daemon with its folders of modules and libraries: the one on the PATH, else the one that `scripts/test`
 /// unpacked beside syslog-ng.
-fn rsyslogd(configuration: &Path, work: &Path) -> Option<Command> {
+pub fn rsyslogd(configuration: &Path, work: &Path) -> Option<Command> {
     let root = unpacked("rsyslog", "usr/sbin/rsyslogd")?;
     let libraries = root.join("usr/lib").join(format!("{}-linux-gnu", std::env::consts::ARCH));
     let mut command = Command::new(root.join("usr/sbin/rsyslogd"));
@@ -379,7 +379,7 @@ fn what_the_kernel_drops_of_udp_is_counted_to_the_last_datagram() {
     let mut sender = sender_of(&bench, &receiver, &settings, &source);
     let client = UdpSocket::bind("127.0.0.1:0").expect("bind");
     client.connect(("127.0.0.1", port)).expect("connect");
-    sender.signal("-STOP");
+    sender.freeze();
     for number in 0..SENT {
         let line = format!("<13>Nov 21 08:00:00 host app: line {number}");
         assert_eq!(client.send(line.as_bytes()).expect("loopback takes all"), line.len());
