@@ -36,6 +36,8 @@ pub struct Opening {
     pub path: String,
     /// The file's inode; `None` for a spool.
     pub inode: Option<Inode>,
+    /// As in [`crate::state::Place::born`]; 0 for a spool.
+    pub born: u64,
     /// First byte.
     pub start: u64,
     /// UTC day of the last change.
@@ -53,6 +55,7 @@ impl Opening {
             run,
             path: escape_path(file.tail.path()),
             inode: Some(file.tail.inode()),
+            born: file.tail.born(),
             start,
             day: file.tail.day()?,
             framing: Framing::LINES,
@@ -64,7 +67,7 @@ impl Opening {
 /// What is known of a file's row that opens behind these bytes: the last 64 before its start, or all
 /// where there are fewer.
 pub fn progress_at_start(row: &Row, tail: &Tail, before: &[u8]) -> Progress {
-    let mut progress = Progress::at_start(row);
+    let mut progress = Progress::at_start(row, tail.born());
     progress.place = place(tail);
     if row.start > 0 {
         progress.advance(fingerprint(row.start, before));
@@ -83,6 +86,7 @@ pub fn passed_over(attributes: &Attributes, tail: &mut Tail, path: &Path) -> io:
             run: Uuid::now_v7(),
             path: escape_path(path),
             inode: Some(tail.inode()),
+            born: tail.born(),
             start,
             day: tail.day()?,
             framing: Framing::LINES,
@@ -129,6 +133,7 @@ impl Attributes {
         let mut entry = Entry {
             row,
             run: opening.run,
+            born: opening.born,
             destination: None,
             kept_from: None,
             kept_short_of: None,

@@ -41,6 +41,10 @@ pub struct Entry {
     pub row: Row,
     /// The physical run of bytes: all rows of one file or one spool run share it.
     pub run: Uuid,
+    /// When the file's inode was made, as in [`Place::born`]: a number that is used again is told from
+    /// it before the first position is saved, too.
+    #[serde(default)]
+    pub born: u64,
     /// The destination at the first `welcome`, where it has an identity.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub destination: Option<Uuid>,
@@ -71,7 +75,7 @@ impl Entry {
     fn first_progress(&self) -> Progress {
         match &self.passed_over {
             Some(progress) => (**progress).clone(),
-            None => Progress::at_start(&self.row),
+            None => Progress::at_start(&self.row, self.born),
         }
     }
 

@@ -179,6 +179,7 @@ impl Stream {
                 run: self.run,
                 path: self.context.path_of(&self.attributes.source),
                 inode: None,
+                born: 0,
                 start,
                 day: Day::today(),
                 framing: Framing::SPOOL,
@@ -189,7 +190,7 @@ impl Stream {
         let segment_before = origin.before(start)?;
         let progress = match origin {
             Origin::File(file) => progress_at_start(&entry.row, &file.tail, &segment_before),
-            _ => Progress::at_start(&entry.row),
+            _ => Progress::at_start(&entry.row, 0),
         };
         let mut segment = Segment::new(entry.clone(), progress, origin)?;
         segment.before = segment_before;
