@@ -99,7 +99,8 @@ fn a_signal_drains_and_saves_and_ends_with_0() {
     let bench = Bench::new();
     let receiver = bench.receiver();
     bench.write("app.log", lines("line", 200_000));
-    let mut sender = bench.sender(&receiver, &["app.log", "--receipts", "receipts.jsonl"]);
+    let arguments = ["app.log", "--receipts", "receipts.jsonl", "--drain-timeout", "1h"];
+    let mut sender = bench.sender(&receiver, &arguments);
     wait_until("some receipts came", PATIENCE, || bench.size_of("receipts.jsonl") > 0);
     assert_eq!(sender.stop().code(), Some(0));
     // Everything on its way was receipted, and the positions are saved: nothing is sent twice.

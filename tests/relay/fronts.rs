@@ -32,14 +32,14 @@ fn fronts(hanging: u16, dead: u16) -> Vec<Front> {
             &format!("proxy_pass http://127.0.0.1:{dead}/;"),
             "refused with HTTP status 502, \"<html> <head><title>502 Bad Gateway</title></head> <body> \
              <center><h1>502 Bad Gateway</h1></center> <hr><center>nginx</center> </body> </html>\"; \
-             the proxy does not reach the receiver ",
+             the proxy does not reach what is behind it ",
         ),
         front(
             "504",
             &format!("proxy_pass http://127.0.0.1:{hanging}/; proxy_read_timeout 1s;"),
             "refused with HTTP status 504, \"<html> <head><title>504 Gateway Time-out</title></head> <body> \
              <center><h1>504 Gateway Time-out</h1></center> <hr><center>nginx</center> </body> </html>\"; \
-             the proxy does not reach the receiver ",
+             the proxy does not reach what is behind it ",
         ),
         front(
             "page",

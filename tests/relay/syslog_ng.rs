@@ -132,6 +132,8 @@ impl<'b> Mortal<'b> {
 
     /// Waits for the last receipt and stops.
     fn finish(mut self) {
+        // A process that was just started knows of no signals yet.
+        self.process.wait_for_log("connected");
         assert!(self.process.stop().success());
     }
 }
