@@ -44,7 +44,10 @@ pub mod protocol;
 
 pub mod backoff;
 pub mod config;
+pub mod metrics;
 pub mod shutdown;
+pub mod stamp;
+pub mod systemd;
 pub mod telemetry;
 pub mod tls;
 

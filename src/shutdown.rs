@@ -1,8 +1,12 @@
-//! Stopping: one token that everything watches, one tracker that knows what still runs.
+//! Stopping: one token that everything watches, one tracker that knows what still runs. And
+//! SIGHUP, which asks for the configuration to be read anew.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
@@ -12,12 +16,41 @@ use tracing::{info, warn};
 pub struct Shutdown {
     token: CancellationToken,
     tracker: TaskTracker,
+    ends_alone: Arc<AtomicBool>,
+    hangup: Arc<Notify>,
 }
 
 impl Shutdown {
     /// Without signals: [`Shutdown::request`] alone stops.
     pub fn new() -> Shutdown {
         Shutdown::default()
+    }
+
+    /// For what ends with the process, or alone before it: one configuration.
+    pub fn part(&self) -> Shutdown {
+        Shutdown {
+            token: self.token.child_token(),
+            tracker: TaskTracker::new(),
+            ends_alone: Arc::default(),
+            hangup: self.hangup.clone(),
+        }
+    }
+
+    /// Asks a part alone to stop and drain: another one takes its place.
+    pub fn request_alone(&self) {
+        self.ends_alone.store(true, Ordering::Release);
+        self.token.cancel();
+    }
+
+    /// Whether a successor takes this part's place, in this process.
+    pub fn ends_alone(&self) -> bool {
+        self.ends_alone.load(Ordering::Acquire)
+    }
+
+    /// Waits for a SIGHUP that came after the last one waited for. Dropping the future loses
+    /// nothing.
+    pub async fn hangup(&self) {
+        self.hangup.notified().await;
     }
 
     /// Asks everything to stop reading and drain.
@@ -53,8 +86,7 @@ impl Shutdown {
 }
 
 /// A [`Shutdown`] that follows signals: the first SIGTERM or SIGINT asks for a stop, the second
-/// ends the process at once with status 1. SIGHUP is logged and ignored: files that may change
-/// are read anew without it.
+/// ends the process at once with status 1. SIGHUP is passed on to whoever waits for it.
 ///
 /// Must be called within a tokio runtime.
 pub fn install() -> Shutdown {
@@ -79,7 +111,7 @@ async fn watch(
             _ = terminate.recv() => "SIGTERM",
             _ = interrupt.recv() => "SIGINT",
             _ = hangup.recv() => {
-                info!("SIGHUP ignored: changed files are noticed without it");
+                shutdown.hangup.notify_one();
                 continue;
             }
         };
@@ -105,6 +137,27 @@ mod tests {
         rustix::process::kill_process(process, rustix::process::Signal::TERM).expect("kill");
         shutdown.requested().await;
         assert!(shutdown.drained(Duration::from_secs(60)).await);
+    }
+
+    #[tokio::test]
+    async fn a_part_ends_alone_or_with_the_whole() {
+        let whole = Shutdown::new();
+        let part = whole.part();
+        part.request_alone();
+        assert!(part.is_requested() && part.ends_alone());
+        assert!(!whole.is_requested());
+        let part = whole.part();
+        whole.request();
+        assert!(part.is_requested() && !part.ends_alone());
+    }
+
+    #[tokio::test]
+    async fn a_hangup_is_not_lost_on_the_way() {
+        let shutdown = install();
+        let process = rustix::process::getpid();
+        rustix::process::kill_process(process, rustix::process::Signal::HUP).expect("kill");
+        shutdown.part().hangup().await;
+        assert!(!shutdown.is_requested());
     }
 
     #[tokio::test]

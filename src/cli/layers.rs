@@ -153,6 +153,7 @@ impl Send {
             spool_bytes_max: flag("--spool-bytes-max", self.spool_bytes_max),
             kept_bytes_max: flag("--kept-bytes-max", self.kept_bytes_max),
             insecure_plaintext: switch("--insecure-plaintext", self.insecure_plaintext),
+            metrics: flag("--metrics", self.metrics),
             log: self.logging.layer(),
         })
     }
@@ -200,6 +201,7 @@ impl Receive {
             former_index: flags("--former-index", self.former_index),
             drain_timeout: flag("--drain-timeout", self.drain_timeout),
             insecure_plaintext: switch("--insecure-plaintext", self.insecure_plaintext),
+            metrics: flag("--metrics", self.metrics),
             log: self.logging.layer(),
             ..ReceiveLayer::default()
         }

@@ -140,7 +140,7 @@ pub struct Send {
     /// Most bytes per second to write, such as 64KiB, for a thin line [default: no limit]
     #[arg(long, value_name = "SIZE", value_parser = value::size, help_heading = "Receiver")]
     pub rate_limit: Option<u64>,
-    /// PEM file with the client certificate to present, chain included; read anew at each connection
+    /// PEM file with the client certificate to present, chain included; a changed one is taken over
     #[arg(long, value_name = "PEM", help_heading = "Receiver")]
     pub cert: Option<PathBuf>,
     /// PEM file with its key
@@ -149,8 +149,8 @@ pub struct Send {
     /// Compress frames with zstd where the receiver can: saves traffic, costs processor time
     #[arg(long, help_heading = "Receiver")]
     pub compress: bool,
-    /// DANGER: allow ws:// to and from other machines, and an HTTP intake that they reach; token and
-    /// lines can be read on the way
+    /// DANGER: allow ws:// to and from other machines, and an HTTP intake or metrics that they
+    /// reach; token and lines can be read on the way
     #[arg(long, help_heading = "Receiver")]
     pub insecure_plaintext: bool,
 
@@ -213,6 +213,10 @@ pub struct Send {
     /// How long a stop waits for outstanding receipts [default: 10s]
     #[arg(long, value_name = "TIME", value_parser = value::duration, help_heading = "Running")]
     pub drain_timeout: Option<Duration>,
+
+    /// Address on loopback for Prometheus metrics, /health/live and /health/ready
+    #[arg(long, value_name = "HOST:PORT", value_parser = value::tcp_address, help_heading = "Running")]
+    pub metrics: Option<SocketAddr>,
 
     /// Where positions and the spool lie [default: $STATE_DIRECTORY, else /var/lib/waybill for
     /// root, else ~/.local/state/waybill]
@@ -318,6 +322,10 @@ pub struct Receive {
     /// How long a stop waits for what is under way [default: 10s]
     #[arg(long, value_name = "TIME", value_parser = value::duration)]
     pub drain_timeout: Option<Duration>,
+
+    /// Address on loopback for Prometheus metrics, /health/live and /health/ready
+    #[arg(long, value_name = "HOST:PORT", value_parser = value::tcp_address)]
+    pub metrics: Option<SocketAddr>,
 
     /// Sender to connect to, which listens; NAME is its entry in the tokens file. May be repeated
     #[arg(long, value_name = "NAME=URL", value_parser = value::dialled_sender, help_heading = "Senders to dial")]

@@ -6,6 +6,7 @@ pub mod check;
 pub mod demo;
 pub mod import;
 pub mod receive;
+mod reload;
 pub mod search;
 pub mod send;
 pub mod setup;
@@ -20,12 +21,12 @@ use tracing::warn;
 
 use crate::cli::{self, Cli, Command};
 use crate::config::{
-    ConfigError, Environment, Loaded, default_store, load_elasticsearch, load_receive,
+    ConfigError, Environment, Loaded, LogConfig, default_store, load_elasticsearch, load_receive,
 };
 use crate::exit::Exit;
 use crate::search::{QueryError, SearchArgs, SearchTarget};
 use crate::tokens::{ChainTerm, Terms};
-use crate::{shutdown, telemetry, tls};
+use crate::{shutdown, systemd, telemetry, tls};
 
 use token::TokenAction;
 
@@ -52,8 +53,14 @@ pub fn run(cli: Cli) -> Exit {
 
 async fn receive(args: cli::Receive, environment: Environment) -> anyhow::Result<Exit> {
     let file = args.config.clone();
-    let loaded = load_receive(args.layer(&environment), file.as_deref(), &environment)?;
-    receive::run(begin(loaded), shutdown::install()).await?;
+    let layer = args.layer(&environment);
+    let loaded = load_receive(layer.clone(), file.as_deref(), &environment)?;
+    let log = loaded.log;
+    let config = begin(loaded);
+    let shutdown = shutdown::install();
+    systemd::accompany(&shutdown);
+    let load = || Ok(take(load_receive(layer.clone(), file.as_deref(), &environment)?, log));
+    receive::run(config, shutdown, load).await?;
     Ok(Exit::Done)
 }
 
@@ -108,9 +115,18 @@ async fn search(args: cli::Search, environment: Environment) -> anyhow::Result<E
 
 /// Sets up logging, tells the warnings, and hands out the configuration.
 fn begin<T>(loaded: Loaded<T>) -> T {
-    telemetry::init(loaded.log);
+    let log = loaded.log;
+    telemetry::init(log);
+    take(loaded, log)
+}
+
+/// Tells the warnings, and hands out the configuration; `log` is how this process logs.
+fn take<T>(loaded: Loaded<T>, log: LogConfig) -> T {
     for warning in &loaded.warnings {
         warn!("{warning}");
+    }
+    if loaded.log != log {
+        warn!("log_level and log_format stay as they are until the next start");
     }
     loaded.config
 }

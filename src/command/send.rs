@@ -1,19 +1,71 @@
 //! `waybill send`: configuration, logging, signals, and the sender's run.
+//!
+//! On SIGHUP a changed configuration takes the place of the one in force; sockets that stay the
+//! same are read all the while.
+
+use std::sync::Arc;
 
 use tracing::info;
 
+use super::reload;
 use crate::cli;
-use crate::config::{Environment, load_send};
+use crate::config::{Environment, SendConfig, load_send};
 use crate::exit::Exit;
-use crate::{sender, shutdown};
+use crate::metrics::Endpoint;
+use crate::sender::{Prepared, Sender};
+use crate::{shutdown, systemd};
 
 /// Sends until a signal, or with `--once` until everything has its receipt.
 pub async fn run(args: cli::Send, environment: Environment) -> anyhow::Result<Exit> {
     let file = args.config.clone();
-    let loaded = load_send(args.layer(&environment)?, file.as_deref(), &environment)?;
-    let config = super::begin(loaded);
+    let layer = args.layer(&environment)?;
+    let loaded = load_send(layer.clone(), file.as_deref(), &environment)?;
+    let log = loaded.log;
+    let mut config = super::begin(loaded);
     let once = config.once;
-    let summary = sender::run(config, shutdown::install()).await?;
+    let shutdown = shutdown::install();
+    systemd::accompany(&shutdown);
+    let mut sender = Sender::open(&config, &shutdown)?;
+    let metrics = sender.metrics();
+    let mut endpoint = Endpoint::at(config.metrics, None, &metrics)?;
+    let prepared = sender.prepare(config.clone())?;
+    let mut part = shutdown.part();
+    let mut sending = Box::pin(sender.start(prepared, part.clone()).await?);
+    systemd::ready();
+    let summary = loop {
+        let next = loop {
+            tokio::select! {
+                ended = &mut sending => break Err(ended?),
+                () = shutdown.hangup() => {}
+            }
+            if once || file.is_none() {
+                info!("SIGHUP ignored: there is no configuration file to be read anew");
+                continue;
+            }
+            systemd::reloading();
+            let next = load_send(layer.clone(), file.as_deref(), &environment)
+                .map_err(anyhow::Error::from)
+                .map(|loaded| super::take(loaded, log))
+                .and_then(|new| prepare(new, &config, &sender, endpoint.as_ref()));
+            match reload::judge(next, &metrics.reloads) {
+                Some(next) => break Ok(next),
+                None => systemd::ready(),
+            }
+        };
+        match next {
+            Err(summary) => break summary,
+            Ok((new, new_endpoint, prepared)) => {
+                part.request_alone();
+                sending.await?;
+                (config, endpoint, part) = (new, new_endpoint, shutdown.part());
+                sending = Box::pin(sender.start(prepared, part.clone()).await?);
+                reload::done();
+            }
+        }
+    };
+    sender.close().await;
+    // Sockets count to their end, over all configurations that were in force.
+    let summary = metrics.summary(summary.complete);
     info!(
         stored = summary.stored,
         already = summary.already,
@@ -26,4 +78,22 @@ pub async fn run(args: cli::Send, environment: Environment) -> anyhow::Result<Ex
         "ended"
     );
     Ok(if once && !summary.complete { Exit::Failed } else { Exit::Done })
+}
+
+type InForce = (SendConfig, Option<Arc<Endpoint>>, Prepared);
+
+/// Opens what a changed configuration needs; `None` where nothing changed. Where it fails, nothing
+/// has changed either.
+fn prepare(
+    config: SendConfig,
+    current: &SendConfig,
+    sender: &Sender,
+    endpoint: Option<&Arc<Endpoint>>,
+) -> anyhow::Result<Option<InForce>> {
+    if config == *current {
+        return Ok(None);
+    }
+    let endpoint = Endpoint::at(config.metrics, endpoint, &sender.metrics())?;
+    let prepared = sender.prepare(config.clone())?;
+    Ok(Some((config, endpoint, prepared)))
 }

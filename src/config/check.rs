@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Read;
+use std::net::SocketAddr;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -131,6 +132,24 @@ fn readable(at: &At<PathBuf>, findings: &mut Findings) -> Option<(fs::Metadata, 
             findings.problem(&at.place, format!("cannot read {path}: {error}"));
             None
         }
+    }
+}
+
+/// Metrics tell anybody who asks the names of senders and sources: fit for one machine.
+pub(super) fn metrics_address(at: &At<SocketAddr>, plain_allowed: bool, findings: &mut Findings) {
+    let address = at.value;
+    if address.ip().to_canonical().is_loopback() {
+        return;
+    }
+    if plain_allowed {
+        let message = format!("{address} tells metrics to anybody who reaches it, unencrypted");
+        findings.warning(&at.place, &message);
+    } else {
+        let message = format!(
+            "{address} would tell metrics to anybody who reaches it, unencrypted: use 127.0.0.1, \
+             or allow it with --insecure-plaintext (insecure_plaintext = true)"
+        );
+        findings.problem(&at.place, message);
     }
 }
 

@@ -49,7 +49,7 @@ pub struct Loaded<T> {
 }
 
 /// What `waybill send` does.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Debug)]
 pub struct SendConfig {
     /// Who opens the connection with a receiver.
     pub connection: ConnectionConfig,
@@ -78,6 +78,8 @@ pub struct SendConfig {
     pub kept_bytes_max: u64,
     /// Show a progress bar (only with `once`, on a terminal).
     pub progress: bool,
+    /// Where metrics and health are served over HTTP.
+    pub metrics: Option<SocketAddr>,
 }
 
 /// Who opens the connection between a sender and its receiver.
@@ -101,7 +103,7 @@ pub struct DialConfig {
     pub token_file: PathBuf,
     /// PEM file of the authorities to trust instead of the machine's own.
     pub ca: Option<PathBuf>,
-    /// Client certificate to present; read anew at each connection.
+    /// Client certificate to present; taken over at the next connection where it changed.
     pub identity: Option<Identity>,
     /// Close a connection that was idle for so long; `None` keeps it.
     pub idle_close: Option<Duration>,
@@ -252,7 +254,7 @@ pub enum EndpointAddress {
 }
 
 /// What `waybill receive` does.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Debug)]
 pub struct ReceiveConfig {
     /// Where it listens; `None` where it only dials.
     pub listen: Option<Listen>,
@@ -280,6 +282,8 @@ pub struct ReceiveConfig {
     pub memory_bytes_max: u64,
     /// How long a stop waits for what is under way.
     pub drain_timeout: Duration,
+    /// Where metrics and health are served over HTTP.
+    pub metrics: Option<SocketAddr>,
 }
 
 /// A sender that a receiver dials.
@@ -314,7 +318,7 @@ pub struct Identity {
 }
 
 /// Where documents go.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub enum DestinationConfig {
     /// One or more URLs of the same cluster.
     Elasticsearch(ElasticsearchConfig),

@@ -1,6 +1,7 @@
 //! `waybill receive`: what was typed, on the command line and in TOML, becomes a
 //! [`ReceiveConfig`].
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -78,6 +79,8 @@ pub struct ReceiveLayer {
     pub drain_timeout: Option<At<Duration>>,
     /// `--insecure-plaintext`, `insecure_plaintext`.
     pub insecure_plaintext: Option<At<bool>>,
+    /// `--metrics`, `metrics`.
+    pub metrics: Option<At<SocketAddr>>,
     /// `--log-level`, `--log-format`.
     pub log: LogLayer,
 }
@@ -146,6 +149,7 @@ impl ReceiveLayer {
             memory_bytes_max: self.memory_bytes_max.or(under.memory_bytes_max),
             drain_timeout: self.drain_timeout.or(under.drain_timeout),
             insecure_plaintext: self.insecure_plaintext.or(under.insecure_plaintext),
+            metrics: self.metrics.or(under.metrics),
             log: self.log.over(under.log),
         }
     }
@@ -182,6 +186,7 @@ impl ReceiveLayer {
             memory_bytes_max: table.size("memory_bytes_max"),
             drain_timeout: table.text("drain_timeout", value::duration),
             insecure_plaintext: table.boolean("insecure_plaintext"),
+            metrics: table.text("metrics", value::tcp_address),
             log: LogLayer::read(table),
         }
     }
@@ -280,6 +285,9 @@ fn check(
         &mut findings,
     );
     check::tokens_file(layer.tokens.as_ref(), &mut findings);
+    if let Some(at) = &layer.metrics {
+        check::metrics_address(at, plain_allowed, &mut findings);
+    }
     let rule = layer.index.map(|at| at.value).unwrap_or_default();
     let destination =
         check_destination(layer.elasticsearch, layer.store, &rule, environment, &mut findings);
@@ -308,6 +316,7 @@ fn check(
         credit: layer.credit.map_or(CREDIT_BYTES, |at| at.value),
         memory_bytes_max: layer.memory_bytes_max.map_or(MEMORY_BYTES_MAX, |at| at.value),
         drain_timeout: layer.drain_timeout.map_or(DRAIN_TIMEOUT, |at| at.value),
+        metrics: layer.metrics.map(|at| at.value),
     });
     let (config, warnings) = findings.finish(config)?;
     Ok(Loaded { config, log, warnings })

@@ -83,6 +83,8 @@ pub struct SendLayer {
     pub kept_bytes_max: Option<At<u64>>,
     /// `--insecure-plaintext`, `insecure_plaintext`.
     pub insecure_plaintext: Option<At<bool>>,
+    /// `--metrics`, `metrics`.
+    pub metrics: Option<At<SocketAddr>>,
     /// `--log-level`, `--log-format`.
     pub log: LogLayer,
 }
@@ -125,6 +127,7 @@ impl SendLayer {
             spool_bytes_max: self.spool_bytes_max.or(under.spool_bytes_max),
             kept_bytes_max: self.kept_bytes_max.or(under.kept_bytes_max),
             insecure_plaintext: self.insecure_plaintext.or(under.insecure_plaintext),
+            metrics: self.metrics.or(under.metrics),
             log: self.log.over(under.log),
         }
     }
@@ -158,6 +161,7 @@ impl SendLayer {
             spool_bytes_max: table.size("spool_bytes_max"),
             kept_bytes_max: table.size("kept_bytes_max"),
             insecure_plaintext: table.boolean("insecure_plaintext"),
+            metrics: table.text("metrics", value::tcp_address),
             log: LogLayer::read(table),
         }
     }
@@ -238,6 +242,9 @@ fn check(
         let message = "supervisor's events are answered on standard output: name a file instead";
         findings.problem(&at.place, message);
     }
+    if let Some(at) = &layer.metrics {
+        check::metrics_address(at, plain_allowed, &mut findings);
+    }
     let receipts = layer.receipts.map(|at| at.value);
     let receipts_on_terminal =
         receipts == Some(ReceiptsTarget::Stdout) && environment.stdout_is_terminal;
@@ -258,6 +265,7 @@ fn check(
             && environment.stderr_is_terminal
             && !receipts_on_terminal
             && log.format == check::LogFormat::Text,
+        metrics: layer.metrics.map(|at| at.value),
     });
     let (config, warnings) = findings.finish(config)?;
     Ok(Loaded { config, log, warnings })

@@ -93,10 +93,10 @@ fn bad_senders_say_where_and_what_is_allowed() {
     for (text, expected) in [
         (
             format!("tokn_file = 'x'\n{SEND}{SOURCE}"),
-            "c.toml:1:1: tokn_file: unknown key; allowed here: balance, ca, cert, chain_key_file, compress, drain_timeout, \
-             idle_close, insecure_plaintext, kept_bytes_max, key, listen, log_format, log_level, once_timeout, \
-             proxy, rate_limit, receipts, source, spool_bytes_max, state_dir, tls_cert, tls_key, to, \
-             token_file, tokens"
+            "c.toml:1:1: tokn_file: unknown key; allowed here: balance, ca, cert, chain_key_file, compress, \
+             drain_timeout, idle_close, insecure_plaintext, kept_bytes_max, key, listen, log_format, log_level, \
+             metrics, once_timeout, proxy, rate_limit, receipts, source, spool_bytes_max, state_dir, tls_cert, \
+             tls_key, to, token_file, tokens"
                 .to_owned(),
         ),
         (

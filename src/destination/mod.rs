@@ -51,6 +51,15 @@ pub enum Health {
     },
 }
 
+/// A destination as a receiver sees it.
+#[derive(Clone, Debug)]
+pub struct Profile {
+    /// Its identity, where it has one.
+    pub id: Option<Uuid>,
+    /// Whether it takes documents.
+    pub health: watch::Receiver<Health>,
+}
+
 /// Why a destination cannot be set up.
 #[derive(Debug, Error)]
 pub enum OpenError {
@@ -87,6 +96,11 @@ impl Destination {
             Destination::Elasticsearch(elasticsearch) => elasticsearch.health(),
             Destination::Embedded(store) => store.health(),
         }
+    }
+
+    /// What a receiver needs to know of it while it works.
+    pub fn profile(&self) -> Profile {
+        Profile { id: self.id(), health: self.health() }
     }
 
     /// Works until the queue is closed and empty. After `stop` nothing is tried again: what is

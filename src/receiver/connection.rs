@@ -15,6 +15,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tracing::{debug, info, warn};
 
 use super::gate::Accepted;
+use super::metrics::Meter;
 use super::session::{Session, Taken, Violation};
 use super::{CLOSE_TIMEOUT, Receiver};
 use crate::destination::{Frame, Inbox, Reply};
@@ -96,6 +97,7 @@ pub(super) async fn serve(receiver: Arc<Receiver>, accepted: Accepted, socket: S
         ),
         tokens: receiver.tokens.clone(),
         hello_until: Instant::now() + receiver.hello_timeout,
+        meter: receiver.metrics.connected(&accepted.sender.name),
         receiver,
         accepted,
         incoming,
@@ -219,6 +221,7 @@ struct Connection {
     incoming: SocketReceiver,
     heartbeat: Heartbeat,
     inbox: Arc<Inbox>,
+    meter: Meter,
     /// Answers that the writing half has no room for yet.
     backlog: VecDeque<Outgoing>,
     /// A frame that waits for memory; nothing is read meanwhile.
@@ -376,6 +379,7 @@ impl Connection {
 
     fn push(&mut self, taken: Taken, memory: OwnedSemaphorePermit) {
         let Taken { segment, days, frame } = taken;
+        self.meter.received(frame.records.len() as u64, frame.flags.resend);
         let records = match frame.records.len() {
             0..COPY_BELOW_BYTES => Bytes::copy_from_slice(&frame.records),
             _ => frame.records,
@@ -395,6 +399,7 @@ impl Connection {
     fn receipts(&mut self, receipts: VecDeque<Receipt>) {
         for receipt in receipts {
             self.session.settle(&receipt);
+            self.meter.answered(&receipt);
             if receipt.runs.iter().any(|run| run.verdict.is_final()) {
                 self.receiver.health.note();
                 self.receipted.store(true, Ordering::Relaxed);

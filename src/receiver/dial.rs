@@ -19,7 +19,7 @@ use super::{Receiver, Tokens};
 use crate::config::DialledSender;
 use crate::protocol::{Challenge, SUBPROTOCOL};
 use crate::record::escape_path;
-use crate::tls::{ClientConfig, TlsError, client_config};
+use crate::tls::{ClientTrust, TlsError};
 use crate::transport::{ConnectError, Offer, Pause, Retry, Socket, connect};
 
 /// How long a connection attempt may take, from name to upgrade.
@@ -30,7 +30,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 pub struct Dial {
     config: DialledSender,
     /// For `wss://`.
-    tls: Option<Arc<ClientConfig>>,
+    trust: Option<Arc<ClientTrust>>,
 }
 
 #[derive(Debug, Error)]
@@ -63,11 +63,11 @@ impl DialError {
 impl Dial {
     /// Reads the authorities to trust.
     pub fn new(config: DialledSender) -> Result<Dial, TlsError> {
-        let tls = match config.endpoint.tls {
-            true => Some(client_config(config.ca.as_deref(), None)?),
+        let trust = match config.endpoint.tls {
+            true => Some(ClientTrust::open(config.ca.as_deref(), None)?),
             false => None,
         };
-        Ok(Dial { config, tls })
+        Ok(Dial { config, trust })
     }
 
     /// Dials until the shutdown; a connection that is there then is drained.
@@ -125,7 +125,8 @@ impl Dial {
         let token = tokio::fs::read_to_string(path)
             .await
             .map_err(|source| DialError::TokenFile { path: escape_path(path), source })?;
-        let (endpoint, tls) = (&self.config.endpoint, self.tls.clone());
+        let (endpoint, tls) =
+            (&self.config.endpoint, self.trust.as_ref().map(|trust| trust.config()));
         let challenge = Some(challenge);
         let offer = Offer { challenge, ..Offer::new(token.trim(), SUBPROTOCOL) };
         Ok(connect(endpoint, tls, &offer, CONNECT_TIMEOUT).await?)

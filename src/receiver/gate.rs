@@ -117,6 +117,7 @@ pub(super) fn answer(receiver: &Receiver, request: &Request) -> Answer<Accepted>
             Answer::Accept { subprotocol: session.speaks.subprotocol(), challenge, session }
         }
         Err(refuse) => {
+            receiver.metrics.refused(refuse.status);
             info!(peer = %request.peer(), status = refuse.status, why = refuse.body.trim_end(), "refused");
             Answer::Refuse(refuse)
         }
@@ -127,13 +128,10 @@ pub(super) fn answer(receiver: &Receiver, request: &Request) -> Answer<Accepted>
 fn plain(receiver: &Receiver, request: &Request) -> Refuse {
     match (request.is_get(), request.path()) {
         (true, "/health/live") => Refuse::new(200, "live\n"),
-        (true, "/health/ready") if receiver.shutdown.is_requested() => {
-            Refuse::new(503, "draining\n")
-        }
-        (true, "/health/ready") if !receiver.health.is_ready(receiver.memory_in_use()) => {
-            Refuse::new(503, "the destination does not answer\n")
-        }
-        (true, "/health/ready") => Refuse::new(200, "ready\n"),
+        (true, "/health/ready") => match receiver.not_ready() {
+            Some(why) => Refuse::new(503, format!("{why}\n")),
+            None => Refuse::new(200, "ready\n"),
+        },
         (true, _) => Refuse::new(426, "this is a Waybill receiver: it speaks WebSocket only\n"),
         (false, _) => Refuse::new(404, "this is a Waybill receiver: it takes no uploads\n"),
     }

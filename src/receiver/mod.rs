@@ -9,6 +9,7 @@ mod connection;
 mod dial;
 mod gate;
 mod health;
+mod metrics;
 mod outstanding;
 mod session;
 mod text;
@@ -20,13 +21,14 @@ use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 pub use dial::Dial;
 pub use gate::Accepted;
+pub use metrics::Metrics;
 
 use crate::config::ReceiveConfig;
-use crate::destination::{Destination, Frame, Lookup, Queue};
+use crate::destination::{Frame, Lookup, Profile, Queue};
 use crate::protocol::FRAME_BYTES_MAX;
 use crate::shutdown::Shutdown;
 use crate::tokens::{self, Tokens, TokensError};
@@ -64,16 +66,18 @@ pub struct Receiver {
     drain_timeout: Duration,
     hello_timeout: Duration,
     tokens_interval: Duration,
+    metrics: Arc<Metrics>,
 }
 
 impl Receiver {
-    /// Reads the tokens file; `destination` is what will empty `queue`, and `lookup` reads it.
+    /// Reads the tokens file; `destination` is what empties `queue`, and `lookup` reads it.
     pub fn new(
         config: &ReceiveConfig,
-        destination: &Destination,
+        destination: &Profile,
         lookup: Lookup,
         queue: Arc<Queue>,
         shutdown: Shutdown,
+        metrics: Arc<Metrics>,
     ) -> Result<Receiver, TokensError> {
         let tokens = Tokens::load(&config.tokens)?;
         if tokens.entries().is_empty() {
@@ -90,7 +94,7 @@ impl Receiver {
                 former_rules: config.former_rules.clone(),
                 days: config.days,
                 credit: config.credit.max(FRAME_BYTES_MAX as u64),
-                destination: destination.id(),
+                destination: destination.id,
             }),
             trust_client_headers: config.trust_client_headers,
             tokens_file: config.tokens.clone(),
@@ -102,17 +106,25 @@ impl Receiver {
             slots: Slots::default(),
             instances: Instances::default(),
             claims: Claims::new(lookup),
-            health: Health::new(destination.health()),
+            health: Health::new(destination.health.clone()),
             sessions: TaskTracker::new(),
             shutdown,
             drain_timeout: config.drain_timeout,
             hello_timeout: HELLO_TIMEOUT,
             tokens_interval: tokens::watch::INTERVAL,
+            metrics,
         })
     }
 
-    /// Serves until the shutdown, then drains: senders that come are told 503, those that are
-    /// there get the receipts of what they sent, within the drain timeout.
+    /// What empties the queue is this one, opened anew.
+    pub fn reopened(&mut self, destination: &Profile) {
+        Arc::make_mut(&mut self.terms).destination = destination.id;
+        self.health = Health::new(destination.health.clone());
+    }
+
+    /// Serves until the shutdown, then drains: senders that come are told 503 (or wait for the
+    /// successor of a part that ends alone), those that are there get the receipts of what they
+    /// sent, within the drain timeout.
     pub async fn run(self, listener: Option<Listener>, dials: Vec<Dial>) {
         let receiver = Arc::new(self);
         let stop = CancellationToken::new();
@@ -123,13 +135,21 @@ impl Receiver {
             receiver.tokens_interval,
             stop.clone(),
         ));
-        if let Some(listener) = listener {
-            tasks.spawn(listener.run(Arc::clone(&receiver), tasks.clone(), stop.clone()));
-        }
+        let accepting = stop.child_token();
+        receiver.metrics.set_receiver(&receiver, listener.as_ref());
+        let (handler, accepted, until) = (Arc::clone(&receiver), tasks.clone(), accepting.clone());
+        let listening = tokio::spawn(async move {
+            if let Some(listener) = listener {
+                listener.run(handler, accepted, until).await;
+            }
+        });
         for dial in dials {
             tasks.spawn(dial.run(Arc::clone(&receiver)));
         }
         receiver.shutdown.requested().await;
+        if receiver.shutdown.ends_alone() {
+            accepting.cancel();
+        }
         info!(connections = receiver.sessions.len(), "draining");
         receiver.sessions.close();
         let limit = receiver.drain_timeout + CLOSE_TIMEOUT;
@@ -137,6 +157,19 @@ impl Receiver {
             warn!(connections = receiver.sessions.len(), "connections did not end in time");
         }
         stop.cancel();
+        // The address is free when this returns.
+        if let Err(error) = listening.await {
+            error!(%error, "the listener ended unexpectedly");
+        }
+    }
+
+    /// Why no line can be stored now; `None` where it can.
+    fn not_ready(&self) -> Option<&'static str> {
+        if self.shutdown.is_requested() {
+            return Some("draining");
+        }
+        let ready = self.health.is_ready(self.memory_in_use());
+        (!ready).then_some("the destination does not answer")
     }
 
     /// Hands a frame to the destination.

@@ -60,6 +60,7 @@ fn config(dir: &TempDir) -> ReceiveConfig {
         credit: CREDIT,
         memory_bytes_max: 64 << 20,
         drain_timeout: LONG,
+        metrics: None,
     }
 }
 
@@ -70,9 +71,11 @@ fn serve_with(change: impl FnOnce(&mut ReceiveConfig, &mut Duration)) -> Server 
     change(&mut config, &mut hello_timeout);
     let token = tokens::mint(&config.tokens, "web-1", tokens::Terms::default()).expect("mint");
     let (queue, shutdown) = (Arc::new(Queue::default()), Shutdown::new());
-    let store = Destination::open(&config.destination).expect("store");
+    let store = crate::destination::Destination::open(&config.destination).expect("store");
     let lookup = Lookup::new(&config.destination).expect("lookup");
-    let new = Receiver::new(&config, &store, lookup, Arc::clone(&queue), shutdown.clone());
+    let (profile, metrics) = (store.profile(), Arc::default());
+    let new =
+        Receiver::new(&config, &profile, lookup, Arc::clone(&queue), shutdown.clone(), metrics);
     let mut receiver = new.expect("receiver");
     receiver.hello_timeout = hello_timeout;
     receiver.tokens_interval = Duration::from_millis(5);

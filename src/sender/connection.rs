@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use thiserror::Error;
@@ -13,6 +14,7 @@ use uuid::Uuid;
 
 use super::chain::{Answerer, ChainKeyError};
 use super::link::{Letter, Link, Links};
+use super::metrics::Metrics;
 use crate::protocol::{Control, Hello, VERSION, Welcome};
 use crate::transport::{
     Beat, Heartbeat, Incoming, Outgoing, Socket, SocketError, SocketReceiver, SocketSender, close,
@@ -41,6 +43,8 @@ pub struct Connections {
     pub links: watch::Sender<Links>,
     /// Ends everything.
     pub stop: CancellationToken,
+    /// Where connections are counted.
+    pub metrics: Arc<Metrics>,
 }
 
 /// A connection on which both sides have introduced themselves.
@@ -148,7 +152,8 @@ impl Connections {
         let Greeted { welcome, to_socket, from_socket, heartbeat } = greeted;
         let (link, messages) = Link::new(receiver, welcome, self.compress);
         let link = Arc::new(link);
-        self.links.send_modify(|links| links.add(link.clone()));
+        self.metrics.connections.add(1);
+        self.publish(|links| links.add(link.clone()));
         Open { link, messages, to_socket, from_socket, heartbeat }
     }
 
@@ -182,8 +187,15 @@ impl Connections {
     }
 
     fn retract(&self, link: &Link) {
-        self.links.send_modify(|links| links.remove(link));
+        self.publish(|links| links.remove(link));
         link.closed.cancel();
+    }
+
+    fn publish(&self, change: impl FnOnce(&mut Links)) {
+        self.links.send_modify(|links| {
+            change(links);
+            self.metrics.connected.store(links.count(), Ordering::Relaxed);
+        });
     }
 }
 

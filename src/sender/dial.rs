@@ -12,7 +12,7 @@ use super::connection::{Connections, Ended, GreetError, Greeted};
 use crate::config::{DialConfig, Endpoint};
 use crate::protocol::SUBPROTOCOL;
 use crate::record::escape_path;
-use crate::tls::{ClientConfig, TlsError, client_config};
+use crate::tls::ClientTrust;
 use crate::transport::{ConnectError, Offer, Pause, Retry, connect};
 
 /// How long a connection attempt may take, from name to upgrade.
@@ -29,9 +29,6 @@ pub enum LinkError {
         /// From the operating system.
         source: std::io::Error,
     },
-    /// The CA file, the client certificate or its key cannot be used.
-    #[error(transparent)]
-    Tls(#[from] TlsError),
     /// No connection.
     #[error(transparent)]
     Connect(#[from] ConnectError),
@@ -44,7 +41,7 @@ impl LinkError {
     /// Whether trying again is of no use before a person mends something.
     fn needs_a_person(&self) -> bool {
         match self {
-            LinkError::TokenFile { .. } | LinkError::Tls(_) => true,
+            LinkError::TokenFile { .. } => true,
             LinkError::Connect(error) => error.needs_a_person(),
             LinkError::Greeting(error) => error.needs_a_person(),
         }
@@ -68,6 +65,8 @@ impl LinkError {
 pub struct Dialler {
     /// What to dial, and how.
     pub config: DialConfig,
+    /// TLS for `wss://` endpoints.
+    pub trust: Option<Arc<ClientTrust>>,
     /// What to do with a connection.
     pub connections: Arc<Connections>,
     /// Rung by streams that have something to send.
@@ -146,6 +145,7 @@ impl Dialler {
                     }
                 }
                 Err(error) => {
+                    self.connections.metrics.connection_failures.add(1);
                     if self.once && error.ends_once() && retry.failures() + 1 >= endpoints.len() {
                         return Err(error);
                     }
@@ -177,21 +177,10 @@ impl Dialler {
         let token = tokio::fs::read_to_string(path)
             .await
             .map_err(|source| LinkError::TokenFile { path: escape_path(path), source })?;
-        let tls = match endpoint.tls {
-            true => Some(self.tls().await?),
-            false => None,
-        };
+        let tls = self.trust.as_ref().filter(|_| endpoint.tls).map(|trust| trust.config());
         let offer = Offer::new(token.trim(), SUBPROTOCOL);
         let socket = connect(endpoint, tls, &offer, CONNECT_TIMEOUT).await?;
         Ok(self.connections.greet(&endpoint.url, socket).await?)
-    }
-
-    /// Reads the authorities and the client certificate, which may have been renewed.
-    async fn tls(&self) -> Result<Arc<ClientConfig>, LinkError> {
-        let (ca, identity) = (self.config.ca.clone(), self.config.identity.clone());
-        let read = move || client_config(ca.as_deref(), identity.as_ref());
-        let read = tokio::task::spawn_blocking(read).await;
-        Ok(read.map_err(|error| GreetError::Failed(error.to_string()))??)
     }
 }
 

@@ -88,6 +88,11 @@ impl Links {
         })
     }
 
+    /// How many they are.
+    pub fn count(&self) -> u64 {
+        self.0.len() as u64
+    }
+
     /// Adds a link.
     pub fn add(&mut self, link: Arc<Link>) {
         self.0.push(link);

@@ -13,10 +13,10 @@ use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
 use super::connection::{Close, Connections, GreetError};
-use crate::config::ListenConfig;
+use crate::config::{Listen, ListenConfig};
 use crate::protocol::SUBPROTOCOL;
 use crate::record::SenderId;
-use crate::tls::{TlsError, server_config};
+use crate::tls::{ServerCertificate, TlsError};
 use crate::tokens::{self, TokenHash, Tokens, TokensError};
 use crate::transport::{
     Answer, BindError, Handler, Listener, Peer, Refuse, Request, Socket, close,
@@ -39,33 +39,51 @@ pub enum ListenError {
     Bind(#[from] BindError),
 }
 
-/// A bound address to which receivers connect.
+/// A bound address; clones share it, from one configuration to the next.
+#[derive(Clone)]
+pub struct Address {
+    listen: Listen,
+    listener: Listener,
+}
+
+/// A bound address to which receivers connect, and who may.
 pub struct Listening {
     config: ListenConfig,
     listener: Listener,
     tokens: watch::Receiver<Arc<Tokens>>,
     tokens_changed: watch::Sender<Arc<Tokens>>,
-    connections: Connections,
 }
 
 impl Listening {
-    /// Reads the files and binds.
-    pub fn open(config: ListenConfig, connections: Connections) -> Result<Listening, ListenError> {
-        let tls = config.tls.as_ref().map(|files| server_config(files, None)).transpose()?;
+    /// Reads the files and binds, where `current` is not bound there already.
+    pub fn open(config: ListenConfig, current: Option<&Address>) -> Result<Listening, ListenError> {
+        let known = current.and_then(|current| current.listener.certificate());
+        let tls = ServerCertificate::again(known, config.tls.as_ref(), None)?;
         let tokens = Tokens::load(&config.tokens)?;
         if tokens.entries().is_empty() {
             warn!(file = ?config.tokens, "no tokens: no receiver may enter until `waybill token` mints one");
         }
         let (tokens_changed, tokens) = watch::channel(Arc::new(tokens));
-        let encrypted = tls.is_some();
-        let listener = Listener::bind(&config.listen, tls)?;
-        info!(address = listener.address(), tls = encrypted, "listening for a receiver");
-        Ok(Listening { config, listener, tokens, tokens_changed, connections })
+        let listener = match current.filter(|current| current.listen == config.listen) {
+            Some(current) => current.listener.with_tls(tls),
+            None => {
+                let encrypted = tls.is_some();
+                let listener = Listener::bind(&config.listen, tls)?;
+                info!(address = listener.address(), tls = encrypted, "listening for a receiver");
+                listener
+            }
+        };
+        Ok(Listening { config, listener, tokens, tokens_changed })
+    }
+
+    /// For a successor that listens at the same address.
+    pub fn address(&self) -> Address {
+        Address { listen: self.config.listen.clone(), listener: self.listener.clone() }
     }
 
     /// Serves one receiver after another until stopped.
-    pub async fn run(self) {
-        let Listening { config, listener, tokens, tokens_changed, connections } = self;
+    pub async fn run(self, connections: Connections) {
+        let Listening { config, listener, tokens, tokens_changed } = self;
         let stop = &connections.stop;
         let watching = tokens::watch::run(
             config.tokens,
@@ -89,7 +107,7 @@ impl Listening {
             };
             next = serve(&connections, &admission.tokens, caller, &mut calls).await;
         }
-        // The file of a Unix socket goes with its listener.
+        // The file of a Unix socket goes with the last of its listeners.
         let _ = tokio::join!(watching, listening);
     }
 }
@@ -137,7 +155,10 @@ async fn serve(
                 let open = connections.open(name.clone(), greeted);
                 connections.serve(open, None, close).await;
             }
-            Err(error) => warn!(receiver = ?name, %peer, "{error}"),
+            Err(error) => {
+                connections.metrics.connection_failures.add(1);
+                warn!(receiver = ?name, %peer, "{error}");
+            }
         }
     }
     next

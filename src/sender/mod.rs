@@ -1,15 +1,18 @@
 //! The sender: sources to streams, streams to a receiver, receipts to positions.
 //!
-//! `waybill send` calls [`run`]. Each stream is a task of its own ([`stream`]); they share one
-//! connection ([`connection`]) and one durable state. Only a receipt moves a position.
+//! `waybill send` makes a [`Sender`], which outlives its configurations. Each stream is a task of
+//! its own ([`stream`]); they share the connections to receivers ([`connection`]) and one durable
+//! state. Only a receipt moves a position.
 
 mod chain;
 mod connection;
 mod dial;
 mod follow;
+mod intakes;
 mod kept;
 mod link;
 mod listen;
+mod metrics;
 mod origin;
 mod receipts;
 mod rows;
@@ -19,8 +22,10 @@ mod window;
 
 use std::collections::HashMap;
 use std::io;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
@@ -30,25 +35,26 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
-use crate::config::{ConnectionConfig, Input, SendConfig, SourceConfig};
+use crate::config::{ConnectionConfig, DialConfig, Input, SendConfig, SourceConfig};
 use crate::shutdown::Shutdown;
 use crate::source::files::tail::Tail;
 use crate::spool::{Budget, Spool};
 use crate::state::{self, Entry, State, StateError, machine_identity};
 use crate::telemetry::Progress;
-use crate::tls::{TlsError, client_config};
+use crate::tls::{ClientTrust, TlsError};
 
 use chain::Answerer;
 use connection::Connections;
 use dial::{Dialler, LinkError};
 use follow::Follower;
+use intakes::{Intakes, Needed};
 use link::Links;
-use listen::{ListenError, Listening};
+use listen::{Address, ListenError, Listening};
+pub use metrics::Metrics;
 use origin::{FileOrigin, Origin};
 use receipts::Receipts;
 use rows::{Attributes, Opening, progress_at_start};
-use spools::{OpenError, SpoolSource};
-use window::Counted;
+use spools::SpoolFollower;
 
 /// How often positions are made durable.
 const SAVE_INTERVAL: Duration = Duration::from_secs(1);
@@ -68,6 +74,12 @@ pub enum SendError {
     /// The CA file, the certificate or its key cannot be used.
     #[error(transparent)]
     Tls(#[from] TlsError),
+    /// A running sender keeps its state directory.
+    #[error("state_dir cannot change while this process runs: {dir} is in use; restart to move it")]
+    StateMoved {
+        /// The one in use.
+        dir: PathBuf,
+    },
     /// A source cannot be opened.
     #[error("source {source_name:?}: {error}")]
     Source {
@@ -122,10 +134,12 @@ pub struct Context {
     links: watch::Receiver<Links>,
     wanted: Arc<Notify>,
     receipts: Option<Receipts>,
-    totals: Totals,
+    /// What there was to send when each file was found, in bytes.
+    total_bytes: AtomicU64,
     deferrals: Deferrals,
     kept_bytes: AtomicU64,
-    /// Stop reading; wait for receipts.
+    shutdown: Shutdown,
+    /// Stop reading; wait for receipts. The shutdown's own.
     stopping: CancellationToken,
     /// Stop waiting.
     ending: CancellationToken,
@@ -147,45 +161,6 @@ impl Context {
     }
 }
 
-#[derive(Debug, Default)]
-struct Totals {
-    stored: AtomicU64,
-    already: AtomicU64,
-    skipped: AtomicU64,
-    parked: AtomicU64,
-    sent_bytes: AtomicU64,
-    resent_bytes: AtomicU64,
-    receipted_bytes: AtomicU64,
-    lost_bytes: AtomicU64,
-    lost_datagrams: Arc<AtomicU64>,
-    /// What there was to send when each file was found.
-    total_bytes: AtomicU64,
-}
-
-impl Totals {
-    fn count(&self, counted: &Counted) {
-        self.stored.fetch_add(counted.stored, Ordering::Relaxed);
-        self.already.fetch_add(counted.already, Ordering::Relaxed);
-        self.skipped.fetch_add(counted.skipped, Ordering::Relaxed);
-        self.parked.fetch_add(counted.parked, Ordering::Relaxed);
-    }
-
-    fn summary(&self, complete: bool) -> Summary {
-        let get = |number: &AtomicU64| number.load(Ordering::Relaxed);
-        Summary {
-            stored: get(&self.stored),
-            already: get(&self.already),
-            skipped: get(&self.skipped),
-            parked: get(&self.parked),
-            sent_bytes: get(&self.sent_bytes),
-            resent_bytes: get(&self.resent_bytes),
-            lost_bytes: get(&self.lost_bytes),
-            lost_datagrams: get(&self.lost_datagrams),
-            complete: complete && get(&self.parked) == 0 && get(&self.lost_bytes) == 0,
-        }
-    }
-}
-
 /// Says why lines are deferred, without saying it for each frame.
 #[derive(Debug, Default)]
 struct Deferrals(Mutex<HashMap<(String, String), Instant>>);
@@ -203,75 +178,191 @@ impl Deferrals {
     }
 }
 
-/// Sends until stopped, or, with `--once` or only standard input, until everything is receipted.
-///
-/// # Errors
-///
-/// Where it cannot start; and with `--once` where only a person can mend what is wrong.
-pub async fn run(config: SendConfig, shutdown: Shutdown) -> Result<Summary, SendError> {
-    let config = Arc::new(config);
-    let state = Arc::new(State::open(&config.state_dir, &machine_identity())?);
-    if state.was_cloned() {
-        warn!("this state directory comes from another machine: new rows opened at its positions");
-    }
-    let (receipts, receipts_thread) = match &config.receipts {
-        Some(target) => {
-            let (receipts, thread) = Receipts::open(target)
-                .map_err(|source| SendError::Receipts { path: format!("{target:?}"), source })?;
-            (Some(receipts), Some(thread))
+/// A sender: what lives as long as the process, whatever configuration is in force.
+pub struct Sender {
+    state: Arc<State>,
+    budget: Arc<Budget>,
+    intakes: Intakes,
+    /// Where receivers connect, if they do.
+    address: Option<Address>,
+    metrics: Arc<Metrics>,
+    shutdown: Shutdown,
+}
+
+/// A configuration of which everything is opened that can be before it is in force.
+pub struct Prepared {
+    config: Arc<SendConfig>,
+    opener: Opener,
+    receipts: Option<(Receipts, JoinHandle<()>)>,
+    sources: Vec<Arc<Attributes>>,
+    needed: Needed,
+}
+
+/// Who opens the connection with a receiver, and what that takes.
+enum Opener {
+    Dial(DialConfig, Option<Arc<ClientTrust>>),
+    Listen(Listening),
+}
+
+impl Opener {
+    fn of(config: &ConnectionConfig, current: Option<&Address>) -> Result<Opener, SendError> {
+        match config.clone() {
+            ConnectionConfig::Dial(config) => {
+                let trust = match config.to.iter().any(|endpoint| endpoint.tls) {
+                    true => {
+                        Some(ClientTrust::open(config.ca.as_deref(), config.identity.as_ref())?)
+                    }
+                    false => None,
+                };
+                Ok(Opener::Dial(config, trust))
+            }
+            ConnectionConfig::Listen(config) => {
+                Ok(Opener::Listen(Listening::open(config, current)?))
+            }
         }
-        None => (None, None),
-    };
-    let host = host_name();
-    let sources: Vec<Arc<Attributes>> = config
-        .sources
-        .iter()
-        .map(|source| Arc::new(Attributes { source: source.clone(), host: host.clone() }))
-        .collect();
-    let budget = Arc::new(Budget::new(config.spool_bytes_max));
-    let mut spooled = Vec::new();
-    for attributes in &sources {
-        let opened = SpoolSource::open(attributes, state.dir(), &budget);
-        let opened = opened.map_err(|error: OpenError| SendError::Source {
-            source_name: attributes.source.name.clone(),
-            error: Box::new(error),
-        })?;
-        spooled.extend(opened);
+    }
+}
+
+impl Sender {
+    /// Opens the state.
+    ///
+    /// # Errors
+    ///
+    /// Where it cannot be opened.
+    pub fn open(config: &SendConfig, shutdown: &Shutdown) -> Result<Sender, SendError> {
+        let state = Arc::new(State::open(&config.state_dir, &machine_identity())?);
+        if state.was_cloned() {
+            warn!(
+                "this state directory comes from another machine: new rows opened at its positions"
+            );
+        }
+        let budget = Arc::new(Budget::new(config.spool_bytes_max));
+        let metrics = Arc::new(Metrics::new(budget.clone()));
+        let shutdown = shutdown.clone();
+        let intakes = Intakes::default();
+        Ok(Sender { state, budget, intakes, address: None, metrics, shutdown })
     }
 
-    let (links_sender, links) = watch::channel(Links::default());
-    let wanted = Arc::new(Notify::new());
-    let ending = CancellationToken::new();
-    let context = Arc::new(Context {
-        config: config.clone(),
-        state: state.clone(),
-        links,
-        wanted: wanted.clone(),
-        receipts,
-        totals: Totals::default(),
-        deferrals: Deferrals::default(),
-        kept_bytes: AtomicU64::new(0),
-        stopping: shutdown.token(),
-        ending: ending.clone(),
-    });
-    let connections = Connections {
-        instance: state.instance(),
-        compress: config.compress,
-        rate_limit: config.rate_limit,
-        chain: config.chain_key_file.clone().map(|file| Answerer::new(file, state.clone())),
-        links: links_sender,
-        stop: ending.clone(),
-    };
-    let connector = Connector::new(&config, connections, wanted)?;
-    let saver = Saver {
-        context: context.clone(),
-        spools: spooled.iter().map(SpoolSource::spool).collect(),
-        said: Mutex::default(),
-    };
-    let complete = drive(&context, &sources, spooled, connector, &saver).await;
-    ending.cancel();
+    /// What it counts.
+    pub fn metrics(&self) -> Arc<Metrics> {
+        self.metrics.clone()
+    }
+
+    /// Opens what `config` needs beyond what is open, sockets among it. Where it fails, everything
+    /// is as before.
+    ///
+    /// # Errors
+    ///
+    /// Where the configuration cannot be put in force, in this process or at all.
+    pub fn prepare(&self, config: SendConfig) -> Result<Prepared, SendError> {
+        if config.state_dir != self.state.dir() {
+            return Err(SendError::StateMoved { dir: self.state.dir().to_owned() });
+        }
+        let opener = Opener::of(&config.connection, self.address.as_ref())?;
+        let receipts = config.receipts.as_ref().map(|target| {
+            Receipts::open(target)
+                .map_err(|source| SendError::Receipts { path: format!("{target:?}"), source })
+        });
+        let host = host_name();
+        let attributes = |source: &SourceConfig| {
+            let counters = self.metrics.sources.of(&source.name);
+            Arc::new(Attributes { source: source.clone(), host: host.clone(), counters })
+        };
+        let sources: Vec<_> = config.sources.iter().map(attributes).collect();
+        let needed = self.intakes.open(&sources, self.state.dir(), &self.budget)?;
+        let (config, receipts) = (Arc::new(config), receipts.transpose()?);
+        Ok(Prepared { config, opener, receipts, sources, needed })
+    }
+
+    /// Puts a configuration in force that takes the place of the one before, which has ended.
+    /// What it returns sends until `part` stops, or, with `--once` or only standard input, until
+    /// everything is receipted.
+    ///
+    /// # Errors
+    ///
+    /// Where a socket that another source had cannot be bound again; and later, with `--once`,
+    /// where only a person can mend what is wrong.
+    pub async fn start(
+        &mut self,
+        prepared: Prepared,
+        part: Shutdown,
+    ) -> Result<impl Future<Output = Result<Summary, SendError>> + Send + use<>, SendError> {
+        let Prepared { config, opener, receipts, sources, needed } = prepared;
+        self.budget.set_max(config.spool_bytes_max);
+        let (dir, budget) = (self.state.dir(), &self.budget);
+        self.intakes.change(&sources, needed, dir, budget, &self.shutdown).await?;
+        let (receipts, receipts_thread) = receipts.unzip();
+        let (links_sender, links) = watch::channel(Links::default());
+        let wanted = Arc::new(Notify::new());
+        let ending = CancellationToken::new();
+        let context = Arc::new(Context {
+            config: config.clone(),
+            state: self.state.clone(),
+            links,
+            wanted: wanted.clone(),
+            receipts,
+            total_bytes: AtomicU64::new(0),
+            deferrals: Deferrals::default(),
+            kept_bytes: AtomicU64::new(0),
+            stopping: part.token(),
+            shutdown: part,
+            ending: ending.clone(),
+        });
+        let connections = Connections {
+            instance: self.state.instance(),
+            compress: config.compress,
+            rate_limit: config.rate_limit,
+            chain: (config.chain_key_file.clone())
+                .map(|file| Answerer::new(file, self.state.clone())),
+            links: links_sender,
+            stop: ending,
+            metrics: self.metrics.clone(),
+        };
+        self.address = match &opener {
+            Opener::Dial(..) => None,
+            Opener::Listen(listening) => Some(listening.address()),
+        };
+        let connector = match opener {
+            Opener::Dial(dial, trust) => {
+                let (connections, once) = (Arc::new(connections), config.once);
+                Connector::Dial(Dialler { config: dial, trust, connections, wanted, once })
+            }
+            Opener::Listen(listening) => Connector::Listen(listening, connections),
+        };
+        let mut spools = Vec::new();
+        let mut followers = Vec::new();
+        for attributes in &sources {
+            if let Some((spool, intake)) = self.intakes.of(&attributes.source) {
+                spools.push(spool.clone());
+                let (context, attributes) = (context.clone(), attributes.clone());
+                followers.push(SpoolFollower::new(context, attributes, spool, intake));
+            }
+        }
+        let metrics = self.metrics.clone();
+        let saver = Saver { context, spools, metrics, said: Mutex::default() };
+        self.metrics.ready.store(true, Ordering::Relaxed);
+        Ok(run(sources, followers, connector, saver, receipts_thread))
+    }
+
+    /// Waits until sockets are let go, after the shutdown.
+    pub async fn close(self) {
+        self.metrics.ready.store(false, Ordering::Relaxed);
+        self.intakes.end().await;
+    }
+}
+
+async fn run(
+    sources: Vec<Arc<Attributes>>,
+    followers: Vec<SpoolFollower>,
+    connector: Connector,
+    saver: Saver,
+    receipts_thread: Option<JoinHandle<()>>,
+) -> Result<Summary, SendError> {
+    let context = saver.context.clone();
+    let complete = drive(&context, &sources, followers, connector, &saver).await;
+    context.ending.cancel();
     saver.save().await;
-    let summary = context.totals.summary(*complete.as_ref().unwrap_or(&false));
+    let summary = saver.metrics.summary(*complete.as_ref().unwrap_or(&false));
     drop((saver, context));
     if let Some(thread) = receipts_thread {
         let _ = tokio::task::spawn_blocking(move || thread.join()).await;
@@ -282,37 +373,16 @@ pub async fn run(config: SendConfig, shutdown: Shutdown) -> Result<Summary, Send
 /// What comes to a connection with a receiver, over and over.
 enum Connector {
     Dial(Dialler),
-    Listen(Listening),
+    Listen(Listening, Connections),
 }
 
 impl Connector {
-    fn new(
-        config: &SendConfig,
-        connections: Connections,
-        wanted: Arc<Notify>,
-    ) -> Result<Connector, SendError> {
-        let once = config.once;
-        match config.connection.clone() {
-            ConnectionConfig::Dial(config) => {
-                if config.to.iter().any(|endpoint| endpoint.tls) {
-                    // Each connection reads the files anew; what is wrong with them now is said now.
-                    client_config(config.ca.as_deref(), config.identity.as_ref())?;
-                }
-                let connections = Arc::new(connections);
-                Ok(Connector::Dial(Dialler { config, connections, wanted, once }))
-            }
-            ConnectionConfig::Listen(config) => {
-                Ok(Connector::Listen(Listening::open(config, connections)?))
-            }
-        }
-    }
-
     /// Until stopped, or until an error that only a person can mend, with `--once`.
     async fn run(self) -> Result<(), LinkError> {
         match self {
             Connector::Dial(dialler) => dialler.run().await,
-            Connector::Listen(listening) => {
-                listening.run().await;
+            Connector::Listen(listening, connections) => {
+                listening.run(connections).await;
                 Ok(())
             }
         }
@@ -323,16 +393,16 @@ impl Connector {
 async fn drive(
     context: &Arc<Context>,
     sources: &[Arc<Attributes>],
-    spooled: Vec<SpoolSource>,
+    followers: Vec<SpoolFollower>,
     connector: Connector,
     saver: &Saver,
 ) -> Result<bool, LinkError> {
-    let files = sources.len() - spooled.len();
+    let follows_files = sources.len() > followers.len();
     let mut work = JoinSet::new();
-    for source in spooled {
-        work.spawn(source.run(context.clone()));
+    for follower in followers {
+        work.spawn(follower.run());
     }
-    if files > 0 {
+    if follows_files {
         work.spawn(Follower::new(context.clone(), sources).run());
     }
     let mut connecting = tokio::spawn(connector.run());
@@ -370,15 +440,16 @@ async fn drive(
                 }
                 complete = false;
                 context.ending.cancel();
-                context.stopping.cancel();
+                // Nobody waits for sockets, which go on until this process ends.
+                context.shutdown.request_alone();
             }
             _ = saving.tick() => {
                 saver.save().await;
-                let totals = &context.totals;
-                let get = |number: &AtomicU64| number.load(Ordering::Relaxed);
-                let lines = get(&totals.stored) + get(&totals.already) + get(&totals.parked);
-                progress.set_total(get(&totals.total_bytes));
-                progress.set(get(&totals.receipted_bytes), lines);
+                let sources = &saver.metrics.sources;
+                let done = saver.metrics.summary(false);
+                progress.set_total(context.total_bytes.load(Ordering::Relaxed));
+                let bytes = sources.sum(|counters| &counters.receipted_bytes);
+                progress.set(bytes, done.stored + done.already + done.parked);
             }
         }
     }
@@ -398,12 +469,17 @@ async fn drive(
 struct Saver {
     context: Arc<Context>,
     spools: Vec<Arc<Spool>>,
+    metrics: Arc<Metrics>,
     /// When a failure was said last.
     said: Mutex<Option<Instant>>,
 }
 
 impl Saver {
     async fn save(&self) {
+        self.metrics.set_kept(
+            self.context.kept_bytes.load(Ordering::Relaxed),
+            self.context.config.kept_bytes_max,
+        );
         let state = self.context.state.clone();
         let spools = self.spools.clone();
         let save = move || {
@@ -457,7 +533,7 @@ pub fn pass_over_row(source: &SourceConfig, mut tail: Tail) -> io::Result<Entry>
 }
 
 fn offline(source: &SourceConfig) -> Attributes {
-    Attributes { source: source.clone(), host: host_name() }
+    Attributes { source: source.clone(), host: host_name(), counters: Arc::default() }
 }
 
 fn host_name() -> String {

@@ -2,9 +2,11 @@
 
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 
 use uuid::Uuid;
 
+use super::metrics::Counters;
 use super::origin::FileOrigin;
 use super::stream::place;
 use crate::config::SourceConfig;
@@ -21,6 +23,8 @@ pub struct Attributes {
     pub source: SourceConfig,
     /// This host's name.
     pub host: String,
+    /// What is counted of the source.
+    pub counters: Arc<Counters>,
 }
 
 /// Where a new row starts.

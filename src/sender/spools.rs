@@ -2,152 +2,34 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tokio::task::{JoinHandle, JoinSet};
-use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tracing::{error, warn};
 use uuid::Uuid;
 
 use super::Context;
 use super::follow::rows_of;
+use super::intakes::IntakeEnd;
 use super::link::Mailbox;
 use super::origin::Origin;
 use super::rows::Attributes;
 use super::stream::{End, Ended, Flags, Parts, Stream};
-use crate::config::Input;
 use crate::record::{Day, Framing, SegmentId};
-use crate::source::datagram::DatagramSource;
-use crate::source::http_intake::HttpIntake;
-use crate::source::stdin::{StdinEnd, StdinSource};
-use crate::source::stream::StreamSource;
-use crate::source::supervisor::SupervisorSource;
-use crate::source::{BindError, SourceError};
-use crate::spool::{Budget, Spool, SpoolError, directory};
+use crate::spool::Spool;
 
 /// How often the day is compared with the live row's.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// A source that cannot be opened.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// The socket cannot be bound.
-    #[error(transparent)]
-    Bind(#[from] BindError),
-    /// The spool cannot be opened.
-    #[error(transparent)]
-    Spool(#[from] SpoolError),
-    /// Standard input is closed.
-    #[error("standard input cannot be read: {0}")]
-    Stdin(io::Error),
-    /// Standard input or output is closed, or what a killed listener left cannot be read.
-    #[error("supervisor's events cannot be taken: {0}")]
-    Supervisor(io::Error),
-}
-
-/// A source that writes into a spool, before its first byte.
-pub struct SpoolSource {
-    attributes: Arc<Attributes>,
-    spool: Arc<Spool>,
-    intake: Intake,
-}
-
-enum Intake {
-    Datagram(DatagramSource),
-    Stream(StreamSource),
-    Http(HttpIntake),
-    Stdin(StdinSource),
-    Supervisor(SupervisorSource),
-}
-
-impl SpoolSource {
-    /// Binds the socket and opens the spool; `None` for a source of files. Blocking.
-    pub fn open(
-        attributes: &Arc<Attributes>,
-        state_dir: &Path,
-        budget: &Arc<Budget>,
-    ) -> Result<Option<SpoolSource>, OpenError> {
-        let intake = match &attributes.source.input {
-            Input::Files { .. } => return Ok(None),
-            Input::Stdin => Intake::Stdin(StdinSource::open().map_err(OpenError::Stdin)?),
-            Input::SupervisorEvents => Intake::Supervisor(
-                SupervisorSource::open(state_dir).map_err(OpenError::Supervisor)?,
-            ),
-            Input::UnixDatagram { path, mode } => {
-                Intake::Datagram(DatagramSource::bind(path, *mode)?)
-            }
-            Input::UnixStream { path, mode } => Intake::Stream(StreamSource::bind(path, *mode)?),
-            Input::HttpIntake { address } => Intake::Http(HttpIntake::bind(*address)?),
-            Input::SyslogUdp { address, receive_buffer } => {
-                Intake::Datagram(DatagramSource::bind_udp(*address, *receive_buffer)?)
-            }
-            Input::SyslogTcp { address, tls } => {
-                Intake::Stream(StreamSource::bind_tcp(*address, tls.as_ref())?)
-            }
-        };
-        let folder = directory(state_dir, &attributes.source.name);
-        let spool = Arc::new(Spool::open(&folder, budget.clone())?);
-        Ok(Some(SpoolSource { attributes: attributes.clone(), spool, intake }))
-    }
-
-    /// The spool, for giving back what is receipted durably.
-    pub fn spool(&self) -> Arc<Spool> {
-        self.spool.clone()
-    }
-
-    /// Spools what comes in and sends what is spooled, until stopped; standard input also ends by
-    /// itself, once everything of it is receipted. `false` where that failed.
-    pub async fn run(self, context: Arc<Context>) -> bool {
-        let SpoolSource { attributes, spool, intake } = self;
-        let is_stdin = matches!(intake, Intake::Stdin(_));
-        let lost = context.totals.lost_datagrams.clone();
-        let intake = tokio::spawn(take_in(intake, spool.clone(), context.stopping.clone(), lost));
-        let follower = SpoolFollower {
-            context,
-            attributes,
-            spool,
-            streams: HashMap::new(),
-            tasks: JoinSet::new(),
-            ended: false,
-        };
-        follower.run(intake, is_stdin).await
-    }
-}
-
-/// Runs the socket; `true` when its input is finished.
-async fn take_in(
-    intake: Intake,
-    spool: Arc<Spool>,
-    stopping: CancellationToken,
-    lost_datagrams: Arc<AtomicU64>,
-) -> Result<bool, SourceError> {
-    match intake {
-        Intake::Datagram(source) => {
-            source.run(spool, stopping, lost_datagrams).await.map(|()| false)
-        }
-        Intake::Stream(source) => source.run(spool, stopping).await.map(|()| false),
-        Intake::Http(source) => source.run(spool, stopping).await.map(|()| false),
-        Intake::Stdin(source) => {
-            source.run(spool, stopping).await.map(|end| end == StdinEnd::Finished)
-        }
-        Intake::Supervisor(source) => {
-            let end = source.run(spool, stopping.clone()).await?;
-            if end == StdinEnd::Finished {
-                info!("supervisor closed standard input: stopping with it");
-                stopping.cancel();
-            }
-            Ok(false)
-        }
-    }
-}
-
-struct SpoolFollower {
+/// Follows the spool of one source under one configuration.
+pub struct SpoolFollower {
     context: Arc<Context>,
     attributes: Arc<Attributes>,
     spool: Arc<Spool>,
+    intake: watch::Receiver<Option<IntakeEnd>>,
     streams: HashMap<Uuid, Live>,
     tasks: JoinSet<Ended>,
     /// The input is finished: no more bytes will come.
@@ -161,11 +43,27 @@ struct Live {
 }
 
 impl SpoolFollower {
-    async fn run(
-        mut self,
-        mut intake: JoinHandle<Result<bool, SourceError>>,
-        is_stdin: bool,
-    ) -> bool {
+    /// For a source whose spool is filled by an intake, until that ends.
+    pub fn new(
+        context: Arc<Context>,
+        attributes: Arc<Attributes>,
+        spool: Arc<Spool>,
+        intake: watch::Receiver<Option<IntakeEnd>>,
+    ) -> SpoolFollower {
+        SpoolFollower {
+            context,
+            attributes,
+            spool,
+            intake,
+            streams: HashMap::new(),
+            tasks: JoinSet::new(),
+            ended: false,
+        }
+    }
+
+    /// Sends what is spooled, until stopped; standard input also ends by itself, once everything
+    /// of it is receipted. `false` where that failed.
+    pub async fn run(mut self) -> bool {
         self.forget_vanished();
         let mut watermark = self.spool.subscribe();
         let mut healthy = true;
@@ -186,28 +84,23 @@ impl SpoolFollower {
             if self.ended && self.is_empty() {
                 return healthy;
             }
-            let stopping = self.context.stopping.clone();
+            let shutdown = self.context.shutdown.clone();
+            // At the end of the process the intake's last bytes are waited for. A successor has
+            // the same intake.
+            let stopping = async {
+                shutdown.requested().await;
+                if running && !shutdown.ends_alone() {
+                    std::future::pending::<()>().await;
+                }
+            };
             tokio::select! {
-                () = stopping.cancelled(), if !running => break,
+                () = stopping => break,
                 _ = watermark.changed() => {}
                 () = tokio::time::sleep(LOOK_INTERVAL) => {}
-                ended = &mut intake, if running => {
+                end = ended(&mut self.intake), if running => {
                     running = false;
-                    match ended {
-                        Ok(Ok(finished)) => self.ended = is_stdin && finished,
-                        Ok(Err(error)) => {
-                            error!(source = ?self.attributes.source.name, %error, "source ended");
-                            healthy = false;
-                        }
-                        Err(error) => {
-                            error!(source = ?self.attributes.source.name, %error, "source ended");
-                            healthy = false;
-                        }
-                    }
-                    if self.ended {
-                        info!("standard input is finished");
-                        self.spool.end_segment();
-                    }
+                    self.ended = end == IntakeEnd::Finished;
+                    healthy &= end != IntakeEnd::Failed;
                 }
                 Some(ended) = self.tasks.join_next() => {
                     if !self.stream_ended(ended) {
@@ -309,5 +202,13 @@ impl SpoolFollower {
         {
             warn!(%error, "the state directory cannot be written");
         }
+    }
+}
+
+/// Waits for the end of an intake. One that says nothing any more has panicked.
+async fn ended(intake: &mut watch::Receiver<Option<IntakeEnd>>) -> IntakeEnd {
+    match intake.wait_for(Option::is_some).await {
+        Ok(end) => end.unwrap_or(IntakeEnd::Failed),
+        Err(_) => IntakeEnd::Failed,
     }
 }

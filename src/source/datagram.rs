@@ -12,7 +12,6 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::{fs, thread};
 
 use rustix::net::{RecvFlags, SocketType};
@@ -24,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use super::drops::{self, Drops};
 use super::socket::{BindError, Intake, SocketFile, SourceError};
 use super::stdin::wait_at_most;
+use crate::metrics::Counter;
 use crate::record::escape_path;
 use crate::spool::{Spool, SpoolError, Throttle};
 
@@ -39,6 +39,8 @@ pub struct DatagramSource {
     /// As log lines name it: the path, or the address.
     name: String,
     kind: Kind,
+    /// What the kernel dropped, as far as it counts that.
+    dropped: Arc<Counter>,
 }
 
 #[derive(Debug)]
@@ -64,7 +66,8 @@ impl DatagramSource {
             socket = %name, queue_datagrams = queue.trim(),
             "listening for datagrams; when the queue is full their senders drop lines",
         );
-        Ok(DatagramSource { socket: Arc::new(socket.into()), name, kind: Kind::Unix(file) })
+        let (socket, kind) = (Arc::new(socket.into()), Kind::Unix(file));
+        Ok(DatagramSource { socket, name, kind, dropped: Arc::default() })
     }
 
     /// Binds a UDP address and asks for a receive buffer of so many bytes, which holds what
@@ -98,13 +101,22 @@ impl DatagramSource {
                 "the kernel grants a smaller receive buffer: set net.core.rmem_max by sysctl(8)",
             );
         }
-        Ok(DatagramSource { socket: Arc::new(socket), name, kind: Kind::Udp })
+        Ok(DatagramSource {
+            socket: Arc::new(socket),
+            name,
+            kind: Kind::Udp,
+            dropped: Arc::default(),
+        })
+    }
+
+    /// Counts in `dropped` what the kernel drops.
+    pub fn counting(self, dropped: Arc<Counter>) -> DatagramSource {
+        DatagramSource { dropped, ..self }
     }
 
     /// Spools one record per datagram until the stop. Then what is queued is taken (senders to a
     /// Unix socket are refused, and its file is unlinked), and all is synced. A socket that a
-    /// service manager keeps is left as it is, with its queue. What the kernel is known to have
-    /// dropped is added to `lost`.
+    /// service manager keeps is left as it is, with its queue.
     ///
     /// # Errors
     ///
@@ -113,7 +125,6 @@ impl DatagramSource {
         self,
         spool: Arc<Spool>,
         shutdown: CancellationToken,
-        lost: Arc<AtomicU64>,
     ) -> Result<(), SourceError> {
         let failed = |source| SourceError::Read { from: self.name.clone(), source };
         // Dropping this future stops the thread too.
@@ -135,7 +146,7 @@ impl DatagramSource {
             name: self.name.clone(),
             intake: Intake { spool: spool.clone(), shutdown: stop.token.clone() },
             runtime: Handle::current(),
-            drops: matches!(self.kind, Kind::Udp).then(|| Drops::new(lost)),
+            drops: matches!(self.kind, Kind::Udp).then(|| Drops::new(self.dropped.clone())),
             truncated: Throttle::default(),
             waited: Throttle::default(),
         };
@@ -331,7 +342,7 @@ mod tests {
         let budget = Arc::new(Budget::new(budget));
         let spool = Arc::new(Spool::open(&dir.path().join("spool"), budget).expect("spool"));
         let shutdown = CancellationToken::new();
-        let task = tokio::spawn(source.run(spool.clone(), shutdown.clone(), Arc::default()));
+        let task = tokio::spawn(source.run(spool.clone(), shutdown.clone()));
         Running { dir, path, spool, shutdown, task }
     }
 
@@ -404,7 +415,7 @@ mod tests {
         });
         let shutdown = CancellationToken::new();
         shutdown.cancel();
-        source.run(spool.clone(), shutdown, Arc::default()).await.expect("an end all the same");
+        source.run(spool.clone(), shutdown).await.expect("an end all the same");
         over.cancel();
         flood.await.expect("flood");
         let records = spooled(&spool);

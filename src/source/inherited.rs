@@ -4,10 +4,11 @@
 //! kernel's queue for the next start. It is found by the path at which it is bound. Its options,
 //! its file and its other holders are not ours: nothing here may shut it down or unlink it.
 
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::sync::{LazyLock, Mutex, PoisonError};
+use std::sync::LazyLock;
 
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, getsockname, sockopt};
@@ -18,33 +19,35 @@ const FIRST: RawFd = 3;
 /// More than any unit passes; a wrong number must not claim descriptors of others.
 const COUNT_MAX: u32 = 256;
 
-/// What was passed to this process and is not taken yet.
-static PASSED: LazyLock<Mutex<Vec<OwnedFd>>> = LazyLock::new(|| Mutex::new(passed()));
+/// What was passed to this process. It stays open: a source that is given up when a changed
+/// configuration comes into force may come back, perhaps under another name.
+static PASSED: LazyLock<Vec<OwnedFd>> = LazyLock::new(passed);
 
 /// What was passed for a path.
 #[derive(Debug)]
 pub(super) enum Passed {
     /// Nothing.
     No,
-    /// A socket of the type that is wanted.
+    /// A socket of the type that is wanted, as a descriptor of its own.
     Socket(OwnedFd),
     /// A socket of another type.
     OtherType,
 }
 
 /// Takes the Unix socket that is bound at `path`, if one was passed to this process.
-pub(super) fn take(path: &Path, wanted: SocketType) -> Passed {
-    let mut passed = PASSED.lock().unwrap_or_else(PoisonError::into_inner);
-    find(&mut passed, path, wanted)
+///
+/// # Errors
+///
+/// Where this process may open no more descriptors.
+pub(super) fn take(path: &Path, wanted: SocketType) -> io::Result<Passed> {
+    find(&PASSED, path, wanted)
 }
 
-fn find(passed: &mut Vec<OwnedFd>, path: &Path, wanted: SocketType) -> Passed {
-    match passed.iter().position(|fd| is_bound_at(fd.as_fd(), path)) {
-        None => Passed::No,
-        Some(at) if sockopt::socket_type(&passed[at]) == Ok(wanted) => {
-            Passed::Socket(passed.swap_remove(at))
-        }
-        Some(_) => Passed::OtherType,
+fn find(passed: &[OwnedFd], path: &Path, wanted: SocketType) -> io::Result<Passed> {
+    match passed.iter().find(|fd| is_bound_at(fd.as_fd(), path)) {
+        None => Ok(Passed::No),
+        Some(fd) if sockopt::socket_type(fd) == Ok(wanted) => fd.try_clone().map(Passed::Socket),
+        Some(_) => Ok(Passed::OtherType),
     }
 }
 
@@ -93,18 +96,17 @@ mod tests {
     fn a_socket_is_found_by_its_path_and_type() {
         let dir = tempfile::tempdir().expect("dir");
         let (datagram, stream) = (dir.path().join("d"), dir.path().join("s"));
-        let mut passed = vec![
+        let passed = [
             OwnedFd::from(UnixListener::bind(&stream).expect("bind")),
             OwnedFd::from(UnixDatagram::bind(&datagram).expect("bind")),
             OwnedFd::from(UnixDatagram::unbound().expect("socket")),
             OwnedFd::from(std::fs::File::open("/dev/null").expect("file")),
         ];
-        let mut find = |path: &Path, wanted| find(&mut passed, path, wanted);
+        let find = |path: &Path, wanted| find(&passed, path, wanted).expect("a descriptor");
         assert!(matches!(find(&dir.path().join("other"), SocketType::DGRAM), Passed::No));
         assert!(matches!(find(&stream, SocketType::DGRAM), Passed::OtherType));
         assert!(matches!(find(&stream, SocketType::STREAM), Passed::Socket(_)));
         assert!(matches!(find(&datagram, SocketType::DGRAM), Passed::Socket(_)));
-        assert!(matches!(find(&datagram, SocketType::DGRAM), Passed::No));
-        assert_eq!(passed.len(), 2);
+        assert!(matches!(find(&datagram, SocketType::DGRAM), Passed::Socket(_)), "again");
     }
 }

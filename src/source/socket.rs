@@ -157,7 +157,7 @@ impl SocketFile {
         bind: impl FnOnce(&Path) -> io::Result<S>,
     ) -> Result<(S, SocketFile), BindError> {
         let failed = |source| BindError::io(path, source);
-        match inherited::take(path, kind) {
+        match inherited::take(path, kind).map_err(failed)? {
             Passed::Socket(passed) => {
                 tracing::info!(socket = %escape_path(path), "taken from the service manager");
                 return Ok((S::from(passed), SocketFile { path: path.to_owned(), identity: None }));

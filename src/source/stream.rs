@@ -22,7 +22,7 @@ use super::socket::{BindError, Intake, SocketFile, SourceError};
 use crate::config::Identity;
 use crate::record::escape_path;
 use crate::spool::{Spool, Throttle};
-use crate::tls::Acceptor;
+use crate::tls::{self, Acceptor};
 
 /// Connections served at a time, each with at most one longest record in memory; more wait in the
 /// kernel's backlog.
@@ -213,10 +213,12 @@ impl Server {
                 }
             }
         };
+        let certificate = self.tls.as_ref().map(Acceptor::certificate);
         // Dropping an accept loses no connection (tokio documents it as cancel safe).
         tokio::select! {
             () = self.intake.shutdown.cancelled() => {}
             () = next => {}
+            () = tls::watch(certificate) => {}
         }
     }
 

@@ -9,7 +9,7 @@ use tokio::sync::Notify;
 /// The disk holds at most one file per segment more, since only whole files are unlinked.
 #[derive(Debug)]
 pub struct Budget {
-    max: u64,
+    max: AtomicU64,
     used: AtomicU64,
     pub(super) freed: Notify,
 }
@@ -18,7 +18,18 @@ impl Budget {
     /// A budget of `max` bytes. One record is always admitted to an empty spool, however small
     /// `max` is: otherwise nothing would ever move.
     pub fn new(max: u64) -> Budget {
-        Budget { max, used: AtomicU64::new(0), freed: Notify::new() }
+        Budget { max: AtomicU64::new(max), used: AtomicU64::new(0), freed: Notify::new() }
+    }
+
+    /// How many bytes it is.
+    pub fn max(&self) -> u64 {
+        self.max.load(Ordering::Relaxed)
+    }
+
+    /// Makes it larger or smaller from now on.
+    pub fn set_max(&self, max: u64) {
+        self.max.store(max, Ordering::Relaxed);
+        self.freed.notify_waiters();
     }
 
     /// Bytes that await a receipt.
@@ -28,19 +39,20 @@ impl Budget {
 
     /// Whether not one more byte is admitted.
     pub fn is_full(&self) -> bool {
-        self.used() >= self.max
+        self.used() >= self.max()
     }
 
     /// Whether so many more bytes are admitted now.
     pub(super) fn admits(&self, bytes: u64) -> bool {
         let used = self.used();
-        used == 0 || used + bytes <= self.max
+        used == 0 || used + bytes <= self.max()
     }
 
     /// Takes `bytes`, or nothing and answers `false`.
     pub(super) fn try_take(&self, bytes: u64) -> bool {
+        let max = self.max();
         let take =
-            |used: u64| (used == 0 || used + bytes <= self.max).then(|| used.saturating_add(bytes));
+            |used: u64| (used == 0 || used + bytes <= max).then(|| used.saturating_add(bytes));
         self.used.fetch_update(Ordering::AcqRel, Ordering::Acquire, take).is_ok()
     }
 

@@ -201,6 +201,12 @@ impl Spool {
         self.shared.table().run(segment).map(|run| run.synced())
     }
 
+    /// Synced bytes that no durable position covers.
+    pub fn unreleased(&self) -> u64 {
+        let of_run = |run: &table::Run| run.synced().saturating_sub(run.released);
+        self.shared.table().runs.iter().map(of_run).sum()
+    }
+
     /// Follows the watermark; it also changes when another segment becomes the live one.
     pub fn subscribe(&self) -> watch::Receiver<Watermark> {
         self.shared.watermark.subscribe()
@@ -384,6 +390,8 @@ impl Drop for Spool {
         {
             tracing::error!(dir = %escape_path(&self.shared.dir), "spool: the writer panicked");
         }
+        // Whoever opens it anew counts what is there.
+        self.shared.budget.give_back(self.unreleased());
     }
 }
 

@@ -38,6 +38,7 @@ use super::socket::Socket;
 use super::stream::{Io, Stream};
 use crate::config::Listen;
 use crate::protocol::{CHALLENGE_HEADER, Challenge};
+use crate::tls::{self, ServerCertificate};
 
 /// How long a peer has from its first byte to its upgrade.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -239,11 +240,11 @@ impl BindError {
     }
 }
 
-/// A bound address.
-#[derive(Debug)]
+/// A bound address; clones share it, and it is free again when the last one is gone.
+#[derive(Clone, Debug)]
 pub struct Listener {
-    socket: Bound,
-    tls: Option<Arc<ServerConfig>>,
+    socket: Arc<Bound>,
+    tls: Option<Arc<ServerCertificate>>,
     /// [`HANDSHAKE_TIMEOUT`], but in tests.
     pub(super) handshake_timeout: Duration,
 }
@@ -275,19 +276,32 @@ impl Drop for SocketFile {
 
 impl Listener {
     /// Binds. A Unix socket left behind by a process that is gone is replaced.
-    pub fn bind(listen: &Listen, tls: Option<Arc<ServerConfig>>) -> Result<Listener, BindError> {
+    pub fn bind(
+        listen: &Listen,
+        tls: Option<Arc<ServerCertificate>>,
+    ) -> Result<Listener, BindError> {
         let socket = match listen {
             Listen::Tcp(address) => {
                 bind_tcp(*address).map_err(|error| BindError::new(address.to_string(), error))?
             }
             Listen::Unix(path) => bind_unix(path)?,
         };
-        Ok(Listener { socket, tls, handshake_timeout: HANDSHAKE_TIMEOUT })
+        Ok(Listener { socket: Arc::new(socket), tls, handshake_timeout: HANDSHAKE_TIMEOUT })
+    }
+
+    /// The same address with another certificate, or with none.
+    pub fn with_tls(&self, tls: Option<Arc<ServerCertificate>>) -> Listener {
+        Listener { tls, ..self.clone() }
+    }
+
+    /// The certificate that it shows.
+    pub fn certificate(&self) -> Option<&Arc<ServerCertificate>> {
+        self.tls.as_ref()
     }
 
     /// The address as bound, with the real port where 0 was asked for; `None` for a Unix socket.
     pub fn local_addr(&self) -> Option<SocketAddr> {
-        match &self.socket {
+        match &*self.socket {
             Bound::Tcp(listener) => listener.local_addr().ok(),
             Bound::Unix { .. } => None,
         }
@@ -295,7 +309,7 @@ impl Listener {
 
     /// The address for people: `HOST:PORT` or `unix:PATH`.
     pub fn address(&self) -> String {
-        match &self.socket {
+        match &*self.socket {
             Bound::Tcp(listener) => match listener.local_addr() {
                 Ok(address) => address.to_string(),
                 Err(error) => format!("an address that cannot be told ({error})"),
@@ -308,6 +322,18 @@ impl Listener {
     /// are being served are not touched by `stop`.
     pub async fn run<H: Handler>(
         self,
+        handler: Arc<H>,
+        tracker: TaskTracker,
+        stop: CancellationToken,
+    ) {
+        tokio::select! {
+            () = self.accept_until(handler, tracker, stop) => {}
+            () = tls::watch(self.tls.as_deref()) => {}
+        }
+    }
+
+    async fn accept_until<H: Handler>(
+        &self,
         handler: Arc<H>,
         tracker: TaskTracker,
         stop: CancellationToken,
@@ -325,7 +351,7 @@ impl Listener {
             };
             match accepted {
                 Ok((stream, peer)) => {
-                    let tls = self.tls.clone();
+                    let tls = self.tls.as_ref().map(|certificate| certificate.config());
                     let handshake = handshake(stream, peer, tls, Arc::clone(&handler));
                     let within = tokio::time::timeout(self.handshake_timeout, handshake);
                     tracker.spawn(welcome(within, peer, Arc::clone(&handler), permit));
@@ -339,7 +365,7 @@ impl Listener {
     }
 
     async fn accept(&self) -> io::Result<(Accepted, Peer)> {
-        match &self.socket {
+        match &*self.socket {
             Bound::Tcp(listener) => {
                 let (stream, address) = listener.accept().await?;
                 // Failing here only costs time.

@@ -71,7 +71,7 @@ impl Drop for Server {
     }
 }
 
-fn serve(tls: Option<Arc<rustls::ServerConfig>>) -> Server {
+fn serve(tls: Option<Arc<tls::ServerCertificate>>) -> Server {
     let any = Listen::Tcp(SocketAddr::from(([127, 0, 0, 1], 0)));
     run(Listener::bind(&any, tls).expect("bind"))
 }
@@ -138,7 +138,9 @@ impl Authority {
     }
 
     fn server(&self, name: &str, years: (i32, i32)) -> Server {
-        serve(Some(tls::server_config(&self.files(name, years), None).expect("server")))
+        serve(Some(
+            tls::ServerCertificate::for_http(&self.files(name, years), None).expect("server"),
+        ))
     }
 }
 
@@ -418,7 +420,7 @@ fn faults_of_certificate_files_are_told_apart() {
     std::fs::write(&empty, "no PEM here\n").expect("write");
     let fault = |certificate: &Path, key: &Path| {
         let files = Identity { certificate: certificate.into(), key: key.into() };
-        tls::server_config(&files, None).expect_err("a fault")
+        tls::ServerCertificate::for_http(&files, None).expect_err("a fault")
     };
     assert!(matches!(fault(&missing, &good.key), TlsError::Unreadable { what: "certificate", .. }));
     assert!(matches!(fault(&empty, &good.key), TlsError::Empty { what: "certificate", .. }));

@@ -151,6 +151,86 @@ fn a_certificate_that_is_wrong_ends_once_at_once() {
     assert!(said.contains("the server's certificate is for another name"), "{said}");
 }
 
+/// `--once` with an authority of its own: whether it gets in.
+fn gets_in(bench: &Bench, receiver: &Receiver, ca: &Path, line: &str) -> bool {
+    let name = format!("{line}.log");
+    bench.write(&name, format!("{line}\n"));
+    let url = format!("wss://localhost:{}/", receiver.port());
+    let mut command = waybill();
+    command.arg("send").arg(bench.path(&name)).args(["--once", "--to", &url, "--token-file"]);
+    command.arg(bench.path("test.token")).arg("--ca").arg(ca);
+    command.arg("--state-dir").arg(bench.path(&format!("{line}.state")));
+    command.output().expect("waybill send").status.success()
+}
+
+#[test]
+fn a_replaced_certificate_is_shown_to_new_connections_and_drops_none() {
+    let bench = Bench::new();
+    let folder = bench.path("");
+    let authority = Authority::new(&folder);
+    authority.sign(&folder, "localhost", |_| {});
+    let receiver = receiver(&bench);
+    bench.write("app.log", lines("line", 10));
+    let mut sender = sender(&bench, receiver.port());
+    wait_for_lines(&bench, 10);
+
+    // Another authority's: what it is shown tells a new connection apart from the old one.
+    let other = bench.path("other");
+    fs::create_dir(&other).expect("a folder");
+    let others = Authority::new(&other);
+    assert!(!gets_in(&bench, &receiver, &other.join("trusted.pem"), "early"));
+    others.sign(&folder, "localhost", |_| {});
+    wait_until("it is taken over", PATIENCE, || receiver.log().contains("certificate taken over"));
+    assert!(gets_in(&bench, &receiver, &other.join("trusted.pem"), "new"));
+
+    // Half of a pair, and rubbish: refused, and the one before is served on.
+    let refused = || receiver.log().matches("the certificate known before is served on").count();
+    let pair = ["server.pem", "server.key"].map(|name| fs::read(bench.path(name)).expect("read"));
+    for (name, text) in [
+        ("server.key", rcgen::KeyPair::generate().expect("a key").serialize_pem()),
+        ("server.pem", "no certificate".to_owned()),
+    ] {
+        let before = refused();
+        bench.write(name, text);
+        wait_until("the broken pair is refused", PATIENCE, || refused() > before);
+    }
+    assert!(receiver.log().contains("does not belong to certificate"), "{}", receiver.log());
+    assert!(gets_in(&bench, &receiver, &other.join("trusted.pem"), "still"));
+
+    // The old connection has lived through all of it.
+    bench.append("app.log", "line 10\n");
+    wait_for_lines(&bench, 13);
+    assert_eq!(sender.log().matches(" connected").count(), 1, "{}", sender.log());
+    bench.write("server.pem", &pair[0]);
+    bench.write("server.key", &pair[1]);
+    assert!(sender.stop().success());
+}
+
+#[test]
+fn a_replaced_ca_is_trusted_without_a_restart() {
+    let bench = Bench::new();
+    let folder = bench.path("");
+    Authority::new(&folder).sign(&folder, "localhost", |_| {});
+    let mut receiver = receiver(&bench);
+    bench.write("app.log", lines("line", 10));
+    let mut sender = sender(&bench, receiver.port());
+    wait_for_lines(&bench, 10);
+    let other = bench.path("other");
+    fs::create_dir(&other).expect("a folder");
+    Authority::new(&other).sign(&folder, "localhost", |_| {});
+    receiver.restart();
+    sender.wait_for_log("the server's certificate comes from an unknown authority");
+    // A broken file is named, and trusts nobody new.
+    bench.write("trusted.pem", "rubbish");
+    sender.wait_for_log("the TLS files known before are used on");
+    fs::copy(other.join("trusted.pem"), bench.path("trusted.pem")).expect("copy");
+    sender.wait_for_log("TLS files taken over");
+    bench.append("app.log", "line 10\n");
+    wait_for_lines(&bench, 11);
+    assert_lines(&bench, "line", 11);
+    assert!(sender.stop().success());
+}
+
 /// The shipped configuration with the paths of this test.
 pub fn nginx_text(folder: &Path, port: u16) -> String {
     let mut text =

@@ -39,12 +39,17 @@ fn bound_token(bench: &Bench) {
 }
 
 fn own_tls(bench: &Bench) -> Receiver {
+    own_tls_for(bench, "trusted.pem")
+}
+
+/// With TLS of its own, and with these authorities for its senders.
+fn own_tls_for(bench: &Bench, client_ca: &str) -> Receiver {
     let at = |name: &str| bench.path(name);
     let paths = [
         ("--store", at("store.sqlite")),
         ("--tls-cert", at("server.pem")),
         ("--tls-key", at("server.key")),
-        ("--client-ca", at("trusted.pem")),
+        ("--client-ca", at(client_ca)),
     ];
     bench.receiver_with(move |command| {
         for (flag, path) in &paths {
@@ -148,6 +153,29 @@ fn a_renewed_certificate_is_taken_over_without_a_restart() {
     bench.wait_for_lines(200);
     assert!(sender.stop().success());
     bench.assert_lines((0..100).flat_map(|n| [format!("line {n}"), format!("more {n}")]));
+}
+
+/// The receiver's authorities for senders are replaced without a restart.
+#[test]
+fn a_replaced_client_ca_is_taken_over_without_a_restart() {
+    let (bench, _) = bench();
+    bound_token(&bench);
+    let other = bench.path("other");
+    fs::create_dir(&other).expect("a folder");
+    Authority::new(&other);
+    fs::rename(other.join("trusted.pem"), bench.path("clients.pem")).expect("another authority");
+    let receiver = own_tls_for(&bench, "clients.pem");
+    bench.write("app.log", lines("line", 100));
+    let path = |name: &str| bench.path(name).display().to_string();
+    let (ca, cert, key) = (path("trusted.pem"), path("web-1.pem"), path("web-1.key"));
+    let arguments = ["app.log", "--ca", &ca, "--cert", &cert, "--key", &key];
+    let url = format!("wss://localhost:{}/", receiver.port());
+    let command = bench.send_command(&url, &arguments);
+    let mut sender = Process::start("sender", command, bench.path("sender.log"));
+    sender.wait_for_log("the server refuses this sender's client certificate");
+    fs::copy(bench.path("trusted.pem"), bench.path("clients.pem")).expect("renewed");
+    bench.wait_for_lines(100);
+    assert!(sender.stop().success());
 }
 
 fn behind_proxy(bench: &Bench, trust: bool) -> Process {

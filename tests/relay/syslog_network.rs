@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use super::metrics::Scrape;
 use super::support::servers::{SyslogNg, free_port, quick, skip, unpacked, wait_until};
 use super::support::waybill::{Bench, Certificates, PATIENCE, Process, Receiver, lines, waybill};
 
@@ -373,7 +374,9 @@ fn what_the_kernel_drops_of_udp_is_counted_to_the_last_datagram() {
     let receiver = bench.receiver();
     let port = free_port();
     let source = format!("[[source]]\nsyslog_udp = '127.0.0.1:{port}'\nreceive_buffer = '64KiB'\n");
-    let mut sender = sender_of(&bench, &receiver, "", &source);
+    let metrics = free_port();
+    let settings = format!("metrics = '127.0.0.1:{metrics}'\n");
+    let mut sender = sender_of(&bench, &receiver, &settings, &source);
     let client = UdpSocket::bind("127.0.0.1:0").expect("bind");
     client.connect(("127.0.0.1", port)).expect("connect");
     sender.freeze();
@@ -388,6 +391,8 @@ fn what_the_kernel_drops_of_udp_is_counted_to_the_last_datagram() {
     let stored = wait_for_stored(&bench, usize::try_from(SENT - lost).expect("a few"));
     // The kernel keeps what came first.
     assert!(stored.iter().any(|hit| hit["message"] == "line 0"));
+    let sample = format!("waybill_dropped_datagrams_total{{source=\"udp:127.0.0.1:{port}\"}}");
+    assert_eq!(Scrape::of(metrics).get(&sample), lost as f64);
     assert!(sender.stop().success());
     assert_eq!(sum_of(&sender.log(), "lost"), lost, "a loss is reported once");
 }

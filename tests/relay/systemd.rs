@@ -1,17 +1,170 @@
-//! The shipped systemd units: systemd takes them, and what is written while the service is down is stored afterwards.
+//! What systemd hears and is given: readiness, reloads, stops, the watchdog; and the shipped units, with sockets that it
+//! keeps while the service is down.
 
 use std::fs;
-use std::io::Write;
+use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 use std::process::Command;
+use std::time::Duration;
 
-use super::support::servers::{have, root, wait_until};
-use super::support::waybill::{Bench, PATIENCE, Process, Receiver};
+use super::support::servers::{free_port, have, root, wait_until};
+use super::support::store::run;
+use super::support::waybill::{Bench, Finished, PATIENCE, Process, Receiver, waybill};
 
 const SOCKET: &str = "waybill-send.socket";
-const SERVICE: &str = "waybill-send.service";
+const SENDER: &str = "waybill-send.service";
+const RECEIVER: &str = "waybill-receive.service";
+
+/// The service manager's end of `NOTIFY_SOCKET`.
+struct Manager {
+    socket: UnixDatagram,
+}
+
+impl Manager {
+    fn new(bench: &Bench) -> Manager {
+        let socket = UnixDatagram::bind(bench.path("notify.sock")).expect("bind");
+        socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        Manager { socket }
+    }
+
+    /// Lets a process tell this manager.
+    fn watch(bench: &Bench, command: &mut Command) {
+        command.env("NOTIFY_SOCKET", bench.path("notify.sock"));
+    }
+
+    /// The next message.
+    fn hear(&self) -> String {
+        let mut buffer = [0; 4096];
+        let length = self.socket.recv(&mut buffer).expect("a message");
+        String::from_utf8_lossy(&buffer[..length]).trim_end().to_owned()
+    }
+
+    /// The next message that is no ping.
+    fn hear_news(&self) -> String {
+        loop {
+            let message = self.hear();
+            if message != "WATCHDOG=1" {
+                return message;
+            }
+        }
+    }
+
+    /// Throws away what has come.
+    fn forget(&self) {
+        self.socket.set_nonblocking(true).expect("nonblocking");
+        let end = loop {
+            if let Err(error) = self.socket.recv(&mut [0; 4096]) {
+                break error;
+            }
+        };
+        assert_eq!(end.kind(), io::ErrorKind::WouldBlock);
+        self.socket.set_nonblocking(false).expect("blocking");
+    }
+}
+
+fn sender(bench: &Bench, change: impl FnOnce(&mut Command)) -> Process {
+    bench.token("test");
+    bench.write("send.toml", "[[source]]\nunix_datagram = 'log.sock'\n");
+    // Nobody listens there: a sender is ready all the same.
+    let mut command = bench.send_command("ws://127.0.0.1:1/", &["--config", "send.toml"]);
+    Manager::watch(bench, &mut command);
+    change(&mut command);
+    Process::start("sender", command, bench.path("sender.log"))
+}
+
+fn receiver(bench: &Bench, port: u16) -> Process {
+    bench.token("test");
+    bench.write("receive.toml", format!("listen = '127.0.0.1:{port}'\n"));
+    let mut command = waybill();
+    command.args(["receive", "--config"]).arg(bench.path("receive.toml"));
+    command.arg("--tokens").arg(bench.path("tokens.toml"));
+    command.arg("--store").arg(bench.path("store.sqlite"));
+    Manager::watch(bench, &mut command);
+    Process::start("receiver", command, bench.path("receiver.log"))
+}
+
+/// A reload is begun with the time that `Type=notify-reload` compares, and over before anything else.
+fn reload(manager: &Manager, process: &Process, said: &str) {
+    process.signal("-HUP");
+    let begun = manager.hear_news();
+    let time = begun.strip_prefix("RELOADING=1\nMONOTONIC_USEC=").expect(&begun);
+    let time: u64 = time.parse().expect("microseconds");
+    // Since the machine was started, as CLOCK_MONOTONIC counts.
+    let uptime = fs::read_to_string("/proc/uptime").expect("uptime");
+    let seconds: f64 = uptime.split(' ').next().expect("a number").parse().expect("a number");
+    assert!((time as f64 / 1e6 - seconds).abs() < PATIENCE.as_secs_f64(), "{time} at {seconds}");
+    assert_eq!(manager.hear_news(), "READY=1");
+    process.wait_for_log(said);
+}
+
+#[test]
+fn a_sender_says_when_it_is_ready_reloads_and_stops() {
+    let bench = Bench::new();
+    let manager = Manager::new(&bench);
+    let mut sender = sender(&bench, |_| {});
+    assert_eq!(manager.hear(), "READY=1");
+    assert!(bench.path("log.sock").exists(), "ready before its sockets are bound");
+    assert!(bench.path("state/rows").exists(), "ready before its state is open");
+    reload(&manager, &sender, "the configuration has not changed");
+    bench.write("send.toml", "[[source]]\nunix_datagram = 'log.sock'\ntags = ['new']\n");
+    reload(&manager, &sender, "the changed configuration is in force");
+    bench.write("send.toml", "[[source]]\nunix_datagramm = 'log.sock'\n");
+    reload(&manager, &sender, "the changed configuration is refused");
+    assert!(sender.log().contains("send.toml:2"), "{}", sender.log());
+    sender.signal("-TERM");
+    assert_eq!(manager.hear(), "STOPPING=1");
+    assert!(sender.wait().success());
+}
+
+#[test]
+fn a_receiver_says_when_it_is_ready_reloads_and_stops() {
+    let bench = Bench::new();
+    let manager = Manager::new(&bench);
+    let port = free_port();
+    let mut receiver = receiver(&bench, port);
+    assert_eq!(manager.hear(), "READY=1");
+    std::net::TcpStream::connect(("127.0.0.1", port)).expect("ready before it listens");
+    bench.write("receive.toml", format!("listen = '127.0.0.1:{port}'\ncredit = '16MiB'\n"));
+    reload(&manager, &receiver, "the changed configuration is in force");
+    bench.write("receive.toml", format!("listen = '127.0.0.1:{port}'\ncredit = 'much'\n"));
+    reload(&manager, &receiver, "the changed configuration is refused");
+    receiver.signal("-TERM");
+    assert_eq!(manager.hear(), "STOPPING=1");
+    assert!(receiver.wait().success());
+}
+
+#[test]
+fn the_watchdog_is_fed_as_long_as_the_process_runs() {
+    const INTERVAL: Duration = Duration::from_millis(300);
+    let bench = Bench::new();
+    let manager = Manager::new(&bench);
+    let mut sender = sender(&bench, |command| {
+        command.env("WATCHDOG_USEC", INTERVAL.as_micros().to_string());
+    });
+    assert_eq!(manager.hear_news(), "READY=1");
+    for _ in 0..10 {
+        assert_eq!(manager.hear(), "WATCHDOG=1");
+    }
+    // Hung, as far as a service manager can see: nothing comes for longer than it waits.
+    sender.signal("-STOP");
+    let state = format!("/proc/{}/stat", sender.id());
+    wait_until("it stands still", PATIENCE, || {
+        fs::read_to_string(&state).is_ok_and(|text| text.contains(") T "))
+    });
+    manager.forget();
+    manager.socket.set_read_timeout(Some(2 * INTERVAL)).expect("a timeout");
+    let silence = manager.socket.recv(&mut [0; 64]).expect_err("it is hung");
+    assert_eq!(silence.kind(), io::ErrorKind::WouldBlock);
+    manager.socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    sender.signal("-CONT");
+    assert_eq!(manager.hear(), "WATCHDOG=1");
+    assert!(sender.stop().success());
+}
+
+// --- The shipped units -----------------------------------------------------------------------------------------------
 
 fn shipped(name: &str) -> String {
     fs::read_to_string(root().join("docs/examples/systemd").join(name)).expect("the shipped file")
@@ -23,67 +176,118 @@ fn values(unit: &str, setting: &str) -> Vec<String> {
     unit.lines().filter_map(|line| line.strip_prefix(&start)).map(str::to_owned).collect()
 }
 
+fn value(unit: &str, setting: &str) -> String {
+    let mut values = values(unit, setting);
+    assert_eq!(values.len(), 1, "{setting}: {values:?}");
+    values.remove(0)
+}
+
+/// What `systemd-analyze` says of a unit in the folder.
+fn analyze(bench: &Bench, name: &str, arguments: &[&str]) -> Finished {
+    let mut command = Command::new("systemd-analyze");
+    command.args(arguments).arg(bench.path(name));
+    run(command)
+}
+
 #[test]
-fn systemd_takes_the_shipped_units() {
+fn the_shipped_units_are_sound_and_confined_as_the_readme_says() {
     if !have("systemd-analyze", "systemd") {
         return;
     }
-    let folder = tempfile::tempdir().expect("a folder");
-    let binary = env!("CARGO_BIN_EXE_waybill");
-    let service = shipped(SERVICE);
-    assert!(service.contains("ExecStart=/usr/bin/waybill "), "{service}");
-    fs::write(folder.path().join(SERVICE), service.replace("/usr/bin/waybill", binary))
-        .expect("written");
-    fs::write(folder.path().join(SOCKET), shipped(SOCKET)).expect("written");
-    let verify = |name: &str| {
-        Command::new("systemd-analyze")
-            .args(["verify", "--man=no", "--recursive-errors=no"])
-            .arg(folder.path().join(name))
-            .output()
-            .expect("systemd-analyze")
-    };
-    for name in [SOCKET, SERVICE] {
-        let checked = verify(name);
-        let said = String::from_utf8_lossy(&checked.stderr);
-        assert!(checked.status.success() && said.trim().is_empty(), "{name}: {said}");
+    const VERIFY: &[&str] = &["verify", "--man=no", "--recursive-errors=no"];
+    const SECURITY: &[&str] = &["security", "--offline=true", "--no-pager"];
+    let bench = Bench::new();
+    for name in [SENDER, RECEIVER] {
+        // The program that it names need not be here.
+        let text = shipped(name);
+        assert!(text.contains("ExecStart=/usr/bin/waybill "), "{text}");
+        bench.write(name, text.replace("/usr/bin/waybill", env!("CARGO_BIN_EXE_waybill")));
     }
+    bench.write(SOCKET, shipped(SOCKET));
+    for name in [SENDER, RECEIVER, SOCKET] {
+        let said = analyze(&bench, name, VERIFY).ok().stderr;
+        assert!(said.trim().is_empty(), "{name}: {said}");
+    }
+
+    let readme = fs::read_to_string(root().join("README.md")).expect("the README");
+    let scores = readme.split_once("(`systemd-analyze security`: ").expect("the scores").1;
+    let scores = scores.split_once(" of 10)").expect("the scores").0;
+    let (sender, receiver) = scores.split_once(" and ").expect("two scores");
+    for (name, score) in [(SENDER, sender), (RECEIVER, receiver)] {
+        let bound: f64 = score.parse().expect("a number");
+        let table = analyze(&bench, name, SECURITY).ok().stdout;
+        let rest = table.split("Overall exposure level").nth(1).unwrap_or_default();
+        let level = rest.split_whitespace().find_map(|word| word.parse::<f64>().ok());
+        let level = level.unwrap_or_else(|| panic!("{table}"));
+        assert!(level <= bound, "{name}: {level}\n{table}");
+    }
+
     // It does look: a word that it does not know is told.
-    let wrong = shipped(SOCKET).replace("SocketMode=", "SocketMood=");
-    fs::write(folder.path().join(SOCKET), wrong).expect("written");
-    let said = verify(SOCKET);
-    assert!(String::from_utf8_lossy(&said.stderr).contains("SocketMood"), "{said:?}");
+    bench.write(SOCKET, shipped(SOCKET).replace("SocketMode=", "SocketMood="));
+    let said = analyze(&bench, SOCKET, VERIFY).stderr;
+    assert!(said.contains("SocketMood"), "{said:?}");
+}
+
+/// Writes the sources that the socket's unit shows, with the paths of a test.
+fn configure(bench: &Bench, receiver: &Receiver, change: impl FnOnce(String) -> String) {
+    let unit = shipped(SOCKET);
+    let shown = unit.lines().filter_map(|line| line.strip_prefix("#   "));
+    let sources: Vec<&str> = shown
+        .skip_while(|line| *line != "[[source]]")
+        .take_while(|line| line.starts_with("[[") || line.contains(" = "))
+        .collect();
+    let text = format!("to = {:?}\n{}\n", receiver.url(), sources.join("\n"));
+    assert_eq!(text.matches("/run/waybill/").count(), 2, "{text}");
+    let text = text.replace("/run/waybill/", &bench.path("").display().to_string());
+    bench.write("send.toml", change(text));
 }
 
 /// What the unit starts, with the paths of a test.
-fn service(bench: &Bench, receiver: &Receiver) -> Command {
-    let lines = values(&shipped(SERVICE), "ExecStart");
-    let [line] = &lines[..] else { panic!("one command: {lines:?}") };
-    let mut line = line.clone();
-    let at = |name: &str| bench.path(name).display().to_string();
-    for (from, to) in [
-        ("/usr/bin/waybill", env!("CARGO_BIN_EXE_waybill").to_owned()),
-        ("/run/waybill/", at("")),
-        ("wss://logs.example.org/", receiver.url()),
-        ("%d/token", at("test.token")),
-    ] {
-        assert!(line.contains(from), "{SERVICE} no longer holds {from:?}");
-        line = line.replace(from, &to);
-    }
+fn service(bench: &Bench) -> Command {
+    let unit = shipped(SENDER);
+    let folder = bench.path("credentials");
+    let credential = value(&unit, "LoadCredential");
+    let (name, from) = credential.split_once(':').expect("a name and a path");
+    assert_eq!(from, "/etc/waybill/token");
+    fs::create_dir_all(&folder).expect("a folder");
+    fs::copy(bench.path("test.token"), folder.join(name)).expect("copied");
+    let line = value(&unit, "ExecStart");
+    let configuration = bench.path("send.toml").display().to_string();
+    assert!(line.contains("/etc/waybill/send.toml"), "{line}");
+    let line = line
+        .replace("/usr/bin/waybill", env!("CARGO_BIN_EXE_waybill"))
+        .replace("/etc/waybill/send.toml", &configuration);
     let mut words = line.split(' ');
     let mut command = Command::new(words.next().expect("a program"));
     command.args(words).env("STATE_DIRECTORY", bench.path("state"));
+    for setting in values(&unit, "Environment") {
+        let (name, value) = setting.split_once('=').expect("a variable");
+        command.env(name, value.replace("%d", &folder.display().to_string()));
+    }
     command.env_remove("JOURNAL_STREAM").env("NO_COLOR", "1");
     command
 }
 
 /// A path of the unit, in the test's folder.
-fn at(bench: &Bench, path: &str) -> std::path::PathBuf {
+fn at(bench: &Bench, path: &str) -> PathBuf {
     bench.path(path.strip_prefix("/run/waybill/").expect("a path below /run/waybill"))
 }
 
+/// What systemd binds: a socket for datagrams, one for connections, and both.
+fn bound(bench: &Bench) -> (PathBuf, PathBuf, [OwnedFd; 2]) {
+    let unit = shipped(SOCKET);
+    let path = |setting: &str| at(bench, &value(&unit, setting));
+    let (datagram, stream) = (path("ListenDatagram"), path("ListenStream"));
+    let sockets = [
+        OwnedFd::from(UnixDatagram::bind(&datagram).expect("bind")),
+        OwnedFd::from(UnixListener::bind(&stream).expect("bind")),
+    ];
+    (datagram, stream, sockets)
+}
+
 /// Starts the service with the sockets that a service manager holds, from number 3 on.
-fn start(bench: &Bench, receiver: &Receiver, sockets: &[OwnedFd]) -> Process {
-    let inner = service(bench, receiver);
+fn start(bench: &Bench, sockets: &[OwnedFd]) -> Process {
+    let inner = service(bench);
     let mut command = Command::new("/bin/sh");
     let listen = format!("LISTEN_PID=$$ LISTEN_FDS={} exec \"$@\"", sockets.len());
     command.args(["-c", &listen, "sh"]).arg(inner.get_program()).args(inner.get_args());
@@ -123,14 +327,8 @@ fn start(bench: &Bench, receiver: &Receiver, sockets: &[OwnedFd]) -> Process {
 fn what_is_written_while_the_service_is_down_is_stored_after_it_starts_again() {
     let bench = Bench::new();
     let receiver = bench.receiver();
-    let unit = shipped(SOCKET);
-    let (datagram, stream) = (values(&unit, "ListenDatagram"), values(&unit, "ListenStream"));
-    assert_eq!((datagram.len(), stream.len()), (1, 1));
-    let (datagram, stream) = (at(&bench, &datagram[0]), at(&bench, &stream[0]));
-    let sockets = [
-        OwnedFd::from(UnixDatagram::bind(&datagram).expect("bind")),
-        OwnedFd::from(UnixListener::bind(&stream).expect("bind")),
-    ];
+    configure(&bench, &receiver, |text| text);
+    let (datagram, stream, sockets) = bound(&bench);
     let client = UnixDatagram::unbound().expect("a socket");
     client.connect(&datagram).expect("connect");
     let send = |text: &str| client.send(format!("<13>app: {text}").as_bytes()).expect("sent");
@@ -148,7 +346,7 @@ fn what_is_written_while_the_service_is_down_is_stored_after_it_starts_again() {
         }
         write(&format!("stream down {round}"));
         expected.push(format!("stream down {round}"));
-        let mut running = start(&bench, &receiver, &sockets);
+        let mut running = start(&bench, &sockets);
         bench.wait_for_lines(expected.len());
         send(&format!("up {round}"));
         write(&format!("stream up {round}"));
@@ -164,6 +362,28 @@ fn what_is_written_while_the_service_is_down_is_stored_after_it_starts_again() {
     bench.assert_lines(expected);
 }
 
+/// The socket is passed once, at the start, and a source that comes later finds it all the same.
+#[test]
+fn a_passed_socket_stays_with_its_path_when_its_source_changes() {
+    let bench = Bench::new();
+    let receiver = bench.receiver();
+    configure(&bench, &receiver, |text| text);
+    let (datagram, _, sockets) = bound(&bench);
+    let client = UnixDatagram::unbound().expect("a socket");
+    client.connect(&datagram).expect("connect");
+    let mut running = start(&bench, &sockets);
+    client.send(b"<13>app: first").expect("sent");
+    bench.wait_for_lines(1);
+    let renamed = |text: String| text.replacen("[[source]]", "[[source]]\nname = 'renamed'", 1);
+    configure(&bench, &receiver, renamed);
+    running.signal("-HUP");
+    running.wait_for_log("the changed configuration is in force");
+    client.send(b"<13>app: second").expect("sent");
+    bench.wait_for_lines(2);
+    assert!(running.stop().success());
+    bench.assert_lines(["first".to_owned(), "second".to_owned()]);
+}
+
 /// systemd's own tool binds the socket and starts the unit's command at the first datagram.
 #[test]
 fn systemd_socket_activate_runs_the_shipped_command() {
@@ -172,13 +392,18 @@ fn systemd_socket_activate_runs_the_shipped_command() {
     }
     let bench = Bench::new();
     let receiver = bench.receiver();
-    let datagram = at(&bench, &values(&shipped(SOCKET), "ListenDatagram")[0]);
-    let inner = service(&bench, &receiver);
+    let datagram = at(&bench, &value(&shipped(SOCKET), "ListenDatagram"));
+    configure(&bench, &receiver, |text| text);
+    let inner = service(&bench);
     let mut command = Command::new("systemd-socket-activate");
     command.arg("--datagram").arg("--listen").arg(&datagram);
     // It hands on these variables only.
-    command.arg(format!("--setenv=STATE_DIRECTORY={}", bench.path("state").display()));
-    command.arg("--setenv=NO_COLOR=1").arg(inner.get_program()).args(inner.get_args());
+    for (name, value) in inner.get_envs() {
+        let Some(value) = value else { continue };
+        let (name, value) = (name.to_str().expect("UTF-8"), value.to_str().expect("UTF-8"));
+        command.arg(format!("--setenv={name}={value}"));
+    }
+    command.arg(inner.get_program()).args(inner.get_args());
     let mut running = Process::start("service", command, bench.path("service.log"));
     wait_until("the socket", PATIENCE, || datagram.exists());
     let client = UnixDatagram::unbound().expect("a socket");

@@ -171,7 +171,7 @@ pub(super) fn certificate(
     files: &crate::config::Identity,
     client_ca: Option<&Path>,
 ) -> io::Result<()> {
-    let end = crate::tls::server_config(files, client_ca)
+    let end = crate::tls::ServerCertificate::for_http(files, client_ca)
         .and_then(|_| crate::tls::end_of(&files.certificate));
     match end {
         Ok(end) => report.certificate(check, of, end),

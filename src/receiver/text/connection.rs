@@ -16,6 +16,7 @@ use crate::protocol::Receipt;
 use crate::receiver::Receiver;
 use crate::receiver::connection::{End, WRITES_MAX, check_token, until_the_end, write};
 use crate::receiver::gate::Accepted;
+use crate::receiver::metrics::Meter;
 use crate::receiver::session::Violation;
 use crate::record::Day;
 use crate::tokens::Tokens;
@@ -40,6 +41,7 @@ pub(in crate::receiver) async fn run(
     let mut connection = Connection {
         lines: Lines::new(client, origin, terms, Day::today()),
         tokens: receiver.tokens.clone(),
+        meter: receiver.metrics.connected(&name),
         receiver,
         accepted,
         incoming,
@@ -62,6 +64,7 @@ struct Connection {
     incoming: SocketReceiver,
     heartbeat: Heartbeat,
     inbox: Arc<Inbox>,
+    meter: Meter,
     /// An answer that the writing half has no room for yet; further ones stay with the lines.
     held: Option<Outgoing>,
     /// A batch that waits for memory; nothing is read meanwhile.
@@ -250,6 +253,7 @@ impl Connection {
 
     fn hand_on(&self, batch: Batch, memory: OwnedSemaphorePermit) {
         let Batch { handle, offset, segment, days, records } = batch;
+        self.meter.received(records.len() as u64, false);
         let now = Timestamp::now().as_millisecond();
         self.receiver.hand_on(Frame {
             segment,
@@ -267,6 +271,7 @@ impl Connection {
     fn receipts(&mut self, receipts: &VecDeque<Receipt>) {
         for receipt in receipts {
             self.lines.settle(receipt);
+            self.meter.answered(receipt);
             if receipt.runs.iter().any(|run| run.verdict.is_final()) {
                 self.receiver.health.note();
             }

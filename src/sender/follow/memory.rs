@@ -10,6 +10,7 @@ use uuid::Uuid;
 use super::{FileSource, Follower, Resting, SEEN_INTERVAL, rows_of};
 use crate::record::unescape_path;
 use crate::sender::kept::{self, Kept};
+use crate::sender::metrics::Counters;
 use crate::sender::origin::Origin;
 use crate::sender::stream::{Parts, Stream};
 use crate::source::files::siblings::has_rotated_name;
@@ -33,7 +34,7 @@ impl Follower {
             let started = opened.and_then(|(kept, origin)| {
                 let size = kept.length();
                 self.context.kept_bytes.fetch_add(size, Ordering::Relaxed);
-                self.context.totals.total_bytes.fetch_add(size, Ordering::Relaxed);
+                self.context.total_bytes.fetch_add(size, Ordering::Relaxed);
                 Stream::attach(Parts {
                     context: self.context.clone(),
                     attributes: source.attributes.clone(),
@@ -102,7 +103,8 @@ impl Follower {
     pub(super) fn report_missing(&mut self) {
         for (run, ended) in std::mem::take(&mut self.missing) {
             if ended.seen > ended.position {
-                self.report_loss(
+                report_loss(
+                    &ended.counters,
                     &ended.path,
                     ended.position,
                     ended.seen,
@@ -117,13 +119,16 @@ impl Follower {
     /// receipt is lost, unless the file comes back (I9). Said once.
     pub(super) fn report_vanished(&mut self) {
         for (entry, progress) in self.context.state.entries() {
-            let is_ours = self.sources.iter().any(|source| source.is_of(&entry));
-            if !is_ours || self.is_held(entry.run) || entry.kept_from.is_some() {
+            let Some(source) = self.sources.iter().find(|source| source.is_of(&entry)) else {
+                continue;
+            };
+            if self.is_held(entry.run) || entry.kept_from.is_some() {
                 continue;
             }
             let to = entry.row.end.map_or(progress.size, |end| end.min(progress.size));
             if to > progress.position {
-                self.report_loss(
+                report_loss(
+                    &source.attributes.counters,
                     &progress.place.path,
                     progress.position,
                     to,
@@ -138,9 +143,9 @@ impl Follower {
     pub(super) fn is_noting_due(&self) -> bool {
         self.seen_at.is_none_or(|at| at.elapsed() >= SEEN_INTERVAL)
     }
+}
 
-    fn report_loss(&self, path: &str, from: u64, to: u64, why: &str) {
-        error!(path, from, to, bytes = to - from, "{why}");
-        self.context.totals.lost_bytes.fetch_add(to - from, Ordering::Relaxed);
-    }
+fn report_loss(counters: &Counters, path: &str, from: u64, to: u64, why: &str) {
+    error!(path, from, to, bytes = to - from, "{why}");
+    counters.lost_bytes.add(to - from);
 }

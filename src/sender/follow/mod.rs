@@ -454,7 +454,7 @@ impl Follower {
                 "the file lost its end, as after a power cut: reading goes on from there");
         }
         info!(path = %escape_path(&path), continued, backlog = stream.backlog(), "following");
-        self.context.totals.total_bytes.fetch_add(stream.backlog(), Ordering::Relaxed);
+        self.context.total_bytes.fetch_add(stream.backlog(), Ordering::Relaxed);
         self.missing.remove(&run);
         self.resting.remove(&inode);
         let (mailbox, flags) = (stream.mailbox(), stream.flags());

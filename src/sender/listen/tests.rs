@@ -11,7 +11,9 @@ use uuid::Uuid;
 use super::*;
 use crate::config::{Listen, value};
 use crate::protocol::{ChainKey, Control};
+use crate::sender::Metrics;
 use crate::sender::link::Links;
+use crate::spool::Budget;
 use crate::transport::{ConnectError, Incoming, Offer, connect};
 
 const LONG: Duration = Duration::from_secs(60);
@@ -32,6 +34,7 @@ fn listen() -> Sender {
     let (links, _) = watch::channel(Links::default());
     let instance = Uuid::from_u128(7);
     let stopping = stop.clone();
+    let metrics = Arc::new(Metrics::new(Arc::new(Budget::new(1 << 20))));
     let connections = Connections {
         instance,
         compress: false,
@@ -39,12 +42,13 @@ fn listen() -> Sender {
         chain: None,
         links,
         stop: stopping,
+        metrics,
     };
     let listen = Listen::Tcp(SocketAddr::from(([127, 0, 0, 1], 0)));
     let config = ListenConfig { listen, tls: None, tokens: tokens.clone() };
-    let listening = Listening::open(config, connections).expect("bound");
+    let listening = Listening::open(config, None).expect("bound");
     let address = listening.listener.local_addr().expect("an address");
-    Sender { _dir: dir, tokens, address, running: tokio::spawn(listening.run()), stop }
+    Sender { _dir: dir, tokens, address, running: tokio::spawn(listening.run(connections)), stop }
 }
 
 impl Sender {

@@ -21,9 +21,12 @@ impl Stream {
         self.ready = true;
         self.retry_at = None;
         if !matches!(self.origin.as_deref(), Some(Origin::File(_))) {
+            self.note_lag();
             return None;
         }
-        match self.look_at_file().await {
+        let looked = self.look_at_file().await;
+        self.note_lag();
+        match looked {
             Ok(end) => end,
             Err(error) => {
                 warn!(%error, "looking at a followed file failed: it is tried again");

@@ -21,9 +21,11 @@ use super::Context;
 use super::chain::Lasts;
 use super::kept::Kept;
 use super::link::{Link, Mailbox};
+use super::metrics::Counters;
 use super::origin::{FileOrigin, Origin};
 use super::rows::Attributes;
 use super::window::{Next, Window};
+use crate::metrics::Lag;
 use crate::protocol::FRAME_BYTES_TARGET;
 use crate::record::{SegmentId, escape_path};
 use crate::source::files::fingerprint::prefix;
@@ -99,6 +101,8 @@ pub struct Ended {
     pub seen: u64,
     /// What its file looked like when it rested.
     pub stamp: Option<Stamp>,
+    /// Of its source.
+    pub counters: Arc<Counters>,
 }
 
 /// See the module.
@@ -128,6 +132,7 @@ pub struct Stream {
     /// A disk operation failed: not before this instant again.
     retry_at: Option<Instant>,
     failed: bool,
+    lag: Arc<Lag>,
     /// An index refuses lines, and since then nothing else came through.
     refusal: Option<Refusal>,
 }
@@ -229,7 +234,8 @@ impl Stream {
             self.forget().await;
         }
         let seen = frontier.max(self.size_seen.unwrap_or(0));
-        Ended { run: self.run, end, path, position, seen, stamp }
+        let counters = self.attributes.counters.clone();
+        Ended { run: self.run, end, path, position, seen, stamp, counters }
     }
 
     /// What the file looks like, if all that it holds by now is receipted.
@@ -407,8 +413,23 @@ impl Stream {
         Work::Wait(due)
     }
 
+    /// Tells the metrics how far the run reaches, and how far it is receipted.
+    fn note_lag(&self) {
+        let position = self.segments.front().map_or(0, |segment| segment.window.position());
+        let frontier = self.segments.back().map_or(0, |segment| segment.window.frontier());
+        let end = match self.origin.as_deref() {
+            Some(Origin::Spool { spool, segment }) => spool.end_of(*segment),
+            Some(Origin::Kept(_)) => self.kept.as_ref().map(Kept::until),
+            // Of a compressed file it is not known before it is read.
+            Some(Origin::File(file)) if file.tail.is_compressed() => None,
+            Some(Origin::File(_)) | None => self.size_seen,
+        };
+        self.lag.set(end.unwrap_or(0).max(frontier), position, Instant::now());
+    }
+
     /// Tells the state how far every segment has come.
     fn note_progress(&mut self) {
+        self.note_lag();
         let first = match self.origin.as_deref() {
             Some(Origin::File(file)) => Some(prefix(file.first())),
             _ => None,

@@ -64,6 +64,7 @@ impl Stream {
             }
             _ => (None, Instant::now()),
         };
+        let lag = attributes.counters.lags.open();
         let mut stream = Stream {
             context,
             attributes,
@@ -82,6 +83,7 @@ impl Stream {
             retry_at: None,
             failed: false,
             refusal: None,
+            lag,
         };
         changed.retain(|entry| !dropped.contains(&entry.row.segment));
         let newest_is_open =
@@ -102,6 +104,7 @@ impl Stream {
         for segment in &stream.segments {
             stream.context.state.set_progress(segment.id(), segment.progress.clone());
         }
+        stream.note_lag();
         Ok(stream)
     }
 

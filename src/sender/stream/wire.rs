@@ -164,12 +164,12 @@ impl Stream {
     /// Books a frame as on its way.
     fn sent(&mut self, number: usize, request: &Request, framed: &Framed) {
         let keep_records = self.context.receipts.is_some();
-        let totals = &self.context.totals;
+        let counters = &self.attributes.counters;
         let length = framed.records.len() as u64;
-        totals.sent_bytes.fetch_add(length, Ordering::Relaxed);
+        counters.sent_bytes.add(length);
         let segment = &mut self.segments[number];
         if request.resend {
-            totals.resent_bytes.fetch_add(length, Ordering::Relaxed);
+            counters.resent_bytes.add(length);
             segment.window.sent_again(request.from, framed.to);
             return;
         }
@@ -239,7 +239,7 @@ impl Stream {
     pub(super) fn report_loss(&self, number: usize, from: u64, to: u64, why: &str) {
         let row = &self.segments[number].entry.row;
         error!(path = %row.path, segment = %row.segment, from, to, bytes = to - from, "lost: {why}");
-        self.context.totals.lost_bytes.fetch_add(to - from, Ordering::Relaxed);
+        self.attributes.counters.lost_bytes.add(to - from);
     }
 
     /// Declares a segment on this link, once; `false` when the link is gone.
@@ -287,7 +287,8 @@ impl Stream {
         if let Some(last) = segment.lasts.receipted(row, receipt, position, &link.receiver) {
             self.context.state.note_last_receipted(last);
         }
-        self.context.totals.count(&counted);
+        let counters = &self.attributes.counters;
+        counters.count(&counted);
         if counted.lines() > 0 {
             self.refusal = None;
         }
@@ -298,6 +299,7 @@ impl Stream {
                     "parked: the lines lie in the dead letter under their own ids"
                 ),
                 Verdict::Deferred { reason, after, index } => {
+                    counters.deferred.add(run.lines);
                     self.context.deferrals.say(&segment.entry.row.path, reason, *after);
                     // A stale receipt changes nothing.
                     if let Some(index) = index.as_ref().filter(|_| counted.credit > 0) {
@@ -311,7 +313,7 @@ impl Stream {
             }
         }
         let bytes: u64 = finished.iter().map(|finished| finished.to - finished.from).sum();
-        self.context.totals.receipted_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.attributes.counters.receipted_bytes.add(bytes);
         self.write_receipts(receipt.handle, finished).await;
     }
 

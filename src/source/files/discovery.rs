@@ -212,6 +212,8 @@ impl Default for Hints {
 #[cfg(test)]
 mod tests {
     use std::os::unix::ffi::OsStrExt;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     use super::*;
 
@@ -250,6 +252,30 @@ mod tests {
         std::os::unix::fs::symlink("..", dir.path().join("sub/up")).expect("link");
         let found = sweep(&format!("{}/**/a.log", dir.path().display())).paths;
         assert_eq!(found, [dir.path().join("sub/a.log")]);
+    }
+
+    /// Otherwise whoever follows a busy folder would neither read its files nor stop.
+    #[tokio::test]
+    async fn a_folder_that_never_rests_gives_hints_all_the_same() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let mut hints = Hints::new();
+        hints.watch(dir.path());
+        let over = Arc::new(AtomicBool::new(false));
+        let writers = ["a.log", "b.log"].map(|name| {
+            let (over, path) = (over.clone(), dir.path().join(name));
+            std::thread::spawn(move || {
+                while !over.load(Ordering::Relaxed) {
+                    fs::write(&path, "x\n").expect("write");
+                }
+            })
+        });
+        for _ in 0..200 {
+            hints.changed().await;
+        }
+        over.store(true, Ordering::Relaxed);
+        for writer in writers {
+            writer.join().expect("a writer");
+        }
     }
 
     #[tokio::test]

@@ -2,6 +2,8 @@
 //!
 //! The crypto provider is passed explicitly: no global state decides which one is used.
 
+mod replaced;
+
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,13 +15,14 @@ use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
-use rustls::server::danger::ClientCertVerifier;
 pub use rustls::{ClientConfig, ServerConfig};
 use sha2::{Digest as _, Sha256};
 use thiserror::Error;
 use tracing::warn;
 
 use crate::config::Identity;
+
+pub use replaced::{Acceptor, ClientTrust, ServerCertificate, ServerStream, watch};
 
 /// What is wrong with a certificate, a key or a CA file.
 #[derive(Debug, Error)]
@@ -104,7 +107,7 @@ pub fn client_config(
     let mut config = match identity {
         None => builder.with_no_client_auth(),
         Some(files) => {
-            let (chain, key) = pair(files)?;
+            let Pair { chain, key, .. } = pair(files)?;
             builder.with_client_auth_cert(chain, key).map_err(|error| pair_fault(files, error))?
         }
     };
@@ -137,14 +140,12 @@ fn native_roots() -> Result<RootCertStore, TlsError> {
     Ok(roots)
 }
 
-/// For listening to WebSockets: HTTP/1.1 is announced (RFC 7301).
-///
-/// With `client_ca` (PEM) peers are asked for a certificate. One that these authorities did not
-/// sign ends the handshake; a peer without any goes on, and what it may do is decided elsewhere.
-pub fn server_config(
+/// What a server shows and asks for, and when its certificate ends, where that can be read.
+fn certified(
     files: &Identity,
     client_ca: Option<&Path>,
-) -> Result<Arc<ServerConfig>, TlsError> {
+    http: bool,
+) -> Result<(Arc<ServerConfig>, Option<Timestamp>), TlsError> {
     let clients = match client_ca {
         None => WebPkiClientVerifier::no_client_auth(),
         Some(file) => {
@@ -159,62 +160,29 @@ pub fn server_config(
                 })?
         }
     };
-    let mut config = certified(files, clients)?;
-    config.alpn_protocols = vec![b"http/1.1".to_vec()];
-    Ok(Arc::new(config))
-}
-
-/// Takes TLS connections that carry something else than HTTP, such as syslog (RFC 5425).
-#[derive(Clone)]
-pub struct Acceptor(tokio_rustls::TlsAcceptor);
-
-/// A connection whose handshake is done.
-pub type ServerStream<S> = tokio_rustls::server::TlsStream<S>;
-
-impl Acceptor {
-    /// With this certificate, for peers of TLS 1.2 or 1.3.
-    pub fn new(files: &Identity) -> Result<Acceptor, TlsError> {
-        let clients = WebPkiClientVerifier::no_client_auth();
-        certified(files, clients).map(|config| Acceptor(Arc::new(config).into()))
-    }
-
-    /// Does the handshake, which the caller bounds in time.
-    ///
-    /// # Errors
-    ///
-    /// Where the peer goes, speaks no TLS, or does not trust the certificate.
-    pub async fn accept<S>(&self, stream: S) -> io::Result<ServerStream<S>>
-    where
-        S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
-    {
-        self.0.accept(stream).await
-    }
-}
-
-impl std::fmt::Debug for Acceptor {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Acceptor").finish_non_exhaustive()
-    }
-}
-
-fn certified(
-    files: &Identity,
-    clients: Arc<dyn ClientCertVerifier>,
-) -> Result<ServerConfig, TlsError> {
-    let (chain, key) = pair(files)?;
-    ServerConfig::builder_with_provider(provider())
+    let Pair { chain, key, end } = pair(files)?;
+    let mut config = ServerConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()
         .map_err(TlsError::Setup)?
         .with_client_cert_verifier(clients)
         .with_single_cert(chain, key)
-        .map_err(|error| pair_fault(files, error))
+        .map_err(|error| pair_fault(files, error))?;
+    if http {
+        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    }
+    Ok((Arc::new(config), end))
+}
+
+struct Pair {
+    chain: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+    /// When the certificate ends, where that can be read.
+    end: Option<Timestamp>,
 }
 
 /// A certificate whose time is over is shown all the same, with a warning: its peers say what is
 /// wrong, and those that trust it anyway go on working.
-fn pair(
-    files: &Identity,
-) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), TlsError> {
+fn pair(files: &Identity) -> Result<Pair, TlsError> {
     let chain = certificates("certificate", &files.certificate)?;
     let key = private_key(&files.key)?;
     let now = Timestamp::try_from(SystemTime::now()).unwrap_or(Timestamp::MAX);
@@ -222,10 +190,10 @@ fn pair(
     if let Some(expired) = end.filter(|end| *end < now) {
         warn!(
             certificate = ?files.certificate, %expired,
-            "the certificate has expired and peers refuse it: renew it, then restart"
+            "the certificate has expired and peers refuse it: renew it; it is taken over by itself"
         );
     }
-    Ok((chain, key))
+    Ok(Pair { chain, key, end })
 }
 
 fn pair_fault(files: &Identity, error: rustls::Error) -> TlsError {

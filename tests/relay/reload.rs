@@ -1,0 +1,281 @@
+//! SIGHUP: a changed configuration is put in force while lines come in, a wrong one is refused, and no line is lost or
+//! doubled by either.
+
+use std::collections::BTreeSet;
+use std::io::Write;
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::process::Stdio;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::support::servers::{free_port, spawn_bound, wait_until};
+use super::support::waybill::{Bench, PATIENCE, Process, lines, numbered};
+
+const TAKEN: &str = "the changed configuration is in force";
+const REFUSED: &str = "the changed configuration is refused";
+
+/// SIGHUP, and waits until the log has said once more what became of it.
+#[track_caller]
+fn hang_up(process: &Process, said: &str) {
+    let times = || process.log().matches(said).count();
+    let before = times();
+    process.signal("-HUP");
+    wait_until(said, PATIENCE, || times() > before);
+}
+
+/// Writes `file N` into app.log and `datagram N` into log.sock, pair by pair, until it is told to end.
+struct Writer {
+    over: AtomicBool,
+    written: AtomicUsize,
+}
+
+impl Writer {
+    fn run(&self, bench: &Bench) {
+        let socket = UnixDatagram::unbound().expect("a socket");
+        while !self.over.load(Ordering::Relaxed) {
+            let number = self.written.load(Ordering::Relaxed);
+            bench.append("app.log", format!("file {number}\n"));
+            // Fails where nobody has the socket bound, if only for a moment.
+            socket
+                .send_to(format!("datagram {number}").as_bytes(), bench.path("log.sock"))
+                .expect("the socket is bound all the while");
+            self.written.store(number + 1, Ordering::Relaxed);
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Runs it beside `work`; how many pairs were written.
+    fn beside(bench: &Bench, work: impl FnOnce(&Writer)) -> usize {
+        let writer = Writer { over: AtomicBool::new(false), written: AtomicUsize::new(0) };
+        thread::scope(|scope| {
+            let writing = scope.spawn(|| writer.run(bench));
+            let worked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(&writer)));
+            writer.over.store(true, Ordering::Relaxed);
+            writing.join().expect("the writer");
+            worked.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        });
+        writer.written.load(Ordering::Relaxed)
+    }
+
+    /// Waits until so many pairs more were written.
+    fn wait_for_more(&self, pairs: usize) {
+        let before = self.written.load(Ordering::Relaxed);
+        wait_until("more is written", PATIENCE, || {
+            self.written.load(Ordering::Relaxed) >= before + pairs
+        });
+    }
+}
+
+fn sources(tag: &str) -> String {
+    format!(
+        "[[source]]\nfiles = 'app.log'\nname = 'app'\ntags = ['{tag}']\n\
+         [[source]]\nunix_datagram = 'log.sock'\nname = 'socket'\ntags = ['{tag}']\n"
+    )
+}
+
+fn tag(line: &Value) -> &str {
+    line["tags"][0].as_str().expect("a tag")
+}
+
+/// The tags of both kinds of lines.
+fn tags(bench: &Bench) -> BTreeSet<(String, String)> {
+    let kind = |line: &Value| {
+        line["message"].as_str().and_then(|text| text.split(' ').next()).unwrap_or("").to_owned()
+    };
+    bench.stored().iter().map(|line| (kind(line), tag(line).to_owned())).collect()
+}
+
+fn start(bench: &Bench, receiver: &super::support::waybill::Receiver) -> Process {
+    bench.write("app.log", "");
+    let sender = bench.sender(receiver, &["--config", "send.toml"]);
+    wait_until("the socket is there", PATIENCE, || bench.path("log.sock").exists());
+    sender
+}
+
+#[test]
+fn new_lines_carry_a_changed_tag_and_none_is_lost_or_doubled() {
+    let bench = Bench::new();
+    let receiver = bench.receiver();
+    bench.write("send.toml", sources("t0"));
+    let mut sender = start(&bench, &receiver);
+    let written = Writer::beside(&bench, |writer| {
+        for round in 1..5 {
+            writer.wait_for_more(50);
+            bench.write("send.toml", "[[source]\nfiles = 'app.log'\n");
+            hang_up(&sender, REFUSED);
+            assert!(sender.log().contains("send.toml:1"), "{}", sender.log());
+            let new = format!("t{round}");
+            bench.write("send.toml", sources(&new));
+            hang_up(&sender, TAKEN);
+            let expected = ["file", "datagram"].map(|kind| (kind.to_owned(), new.clone()));
+            wait_until("lines of both sources carry the new tag", PATIENCE, || {
+                let found = tags(&bench);
+                expected.iter().all(|pair| found.contains(pair))
+            });
+        }
+    });
+    bench.wait_for_lines(2 * written);
+    assert!(sender.stop().success());
+    bench.assert_lines(numbered("file", written).chain(numbered("datagram", written)));
+    // In the order of the file no line has an older tag than one before it.
+    let stored = bench.stored();
+    let of_file =
+        stored.iter().filter(|line| line["message"].as_str().unwrap().starts_with("file"));
+    let in_order: Vec<&str> = of_file.map(tag).collect();
+    assert!(in_order.is_sorted(), "{in_order:?}");
+    assert_eq!((in_order.first(), in_order.last()), (Some(&"t0"), Some(&"t4")));
+}
+
+#[test]
+fn sources_come_and_go_and_what_cannot_be_bound_is_refused() {
+    let bench = Bench::new();
+    let receiver = bench.receiver();
+    bench.write("send.toml", sources("one"));
+    let mut sender = start(&bench, &receiver);
+    let taken = UnixDatagram::bind(bench.path("taken.sock")).expect("bind");
+    let written = Writer::beside(&bench, |writer| {
+        writer.wait_for_more(20);
+        let more = "[[source]]\nunix_datagram = 'taken.sock'\n";
+        bench.write("send.toml", sources("two") + more);
+        hang_up(&sender, REFUSED);
+        assert!(sender.log().contains("another process is listening"), "{}", sender.log());
+        let more = "[[source]]\nunix_stream = 'new.sock'\n[[source]]\nfiles = 'late.log'\n";
+        bench.write("send.toml", sources("one") + more);
+        bench.write("late.log", lines("late", 10));
+        hang_up(&sender, TAKEN);
+        let mut stream = UnixStream::connect(bench.path("new.sock")).expect("it is bound");
+        stream.write_all(lines("stream", 100).as_bytes()).expect("write");
+        drop(stream);
+        wait_until("the new sources are read", PATIENCE, || {
+            let messages = bench.messages();
+            messages.contains(&"stream 99".to_owned()) && messages.contains(&"late 9".to_owned())
+        });
+        writer.wait_for_more(20);
+        bench.write("send.toml", sources("one"));
+        hang_up(&sender, TAKEN);
+        assert!(!bench.path("new.sock").exists(), "its socket is let go");
+        writer.wait_for_more(20);
+    });
+    drop(taken);
+    // The same path under another mode is bound anew.
+    bench.write(
+        "send.toml",
+        sources("one").replace("name = 'socket'", "name = 'socket'\nmode = '0600'"),
+    );
+    hang_up(&sender, TAKEN);
+    let socket = UnixDatagram::unbound().expect("a socket");
+    socket.send_to(format!("datagram {written}").as_bytes(), bench.path("log.sock")).expect("send");
+    bench.wait_for_lines(2 * written + 111);
+    assert!(sender.stop().success());
+    let sockets = numbered("datagram", written + 1).chain(numbered("stream", 100));
+    bench.assert_lines(numbered("file", written).chain(sockets).chain(numbered("late", 10)));
+}
+
+/// What was read of standard input before the reload is half of a line.
+#[test]
+fn a_line_on_standard_input_is_not_cut_by_a_reload() {
+    let bench = Bench::new();
+    let receiver = bench.receiver();
+    let file = |tag: &str| format!("[[source]]\nstdin = true\ntags = ['{tag}']\n");
+    bench.write("send.toml", file("one"));
+    let log = bench.path("sender.log");
+    let mut command = bench.send_command(&receiver.url(), &["--config", "send.toml"]);
+    command.stdin(Stdio::piped()).stderr(std::fs::File::create(&log).expect("a log"));
+    let mut sender = spawn_bound(command).expect("waybill send");
+    let mut input = sender.stdin.take().expect("piped");
+    input.write_all(b"first\nhalf").expect("write");
+    bench.wait_for_lines(1);
+    bench.write("send.toml", file("two"));
+    let id = sender.id().to_string();
+    assert!(
+        std::process::Command::new("kill").args(["-HUP", &id]).status().expect("kill").success()
+    );
+    let said = || std::fs::read_to_string(&log).expect("the log");
+    wait_until(TAKEN, PATIENCE, || said().contains(TAKEN));
+    input.write_all(b" and half\nlast").expect("write");
+    drop(input);
+    let status = sender.wait().expect("it ends");
+    assert!(status.success(), "{}", said());
+    bench.assert_lines(["first", "half and half", "last"].map(str::to_owned));
+    let stored = bench.stored();
+    let of = |text| stored.iter().find(|line| line["message"] == text).map(tag);
+    assert_eq!((of("first"), of("last")), (Some("one"), Some("two")));
+}
+
+#[test]
+fn a_receiver_takes_a_changed_configuration_while_lines_arrive() {
+    let bench = Bench::new();
+    bench.write("receive.toml", "");
+    let (store, config) = (bench.path("store.sqlite"), bench.path("receive.toml"));
+    let mut receiver = bench.receiver_with(move |command| {
+        command.arg("--store").arg(&store).arg("--config").arg(&config);
+    });
+    bench.write("send.toml", sources("one"));
+    let mut sender = start(&bench, &receiver);
+    let former = free_port();
+    let written = Writer::beside(&bench, |writer| {
+        for text in [
+            "credit = '4MiB'\n".to_owned(),
+            // The same file under another setting: it is closed and opened again.
+            "credit = '4MiB'\n[store]\nkeep_days = 300\n".to_owned(),
+            format!("metrics = '127.0.0.1:{former}'\n[store]\nkeep_days = 300\n"),
+        ] {
+            writer.wait_for_more(50);
+            bench.write("receive.toml", "credit = 'much'\n");
+            hang_up(receiver.process(), REFUSED);
+            assert!(receiver.log().contains("receive.toml:1"), "{}", receiver.log());
+            let connected = sender.log().matches("INFO connected").count();
+            bench.write("receive.toml", text);
+            hang_up(receiver.process(), TAKEN);
+            wait_until("the sender is back", PATIENCE, || {
+                sender.log().matches("INFO connected").count() > connected
+            });
+        }
+    });
+    std::net::TcpStream::connect(("127.0.0.1", former)).expect("metrics are served now");
+    bench.wait_for_lines(2 * written);
+    assert!(sender.stop().success());
+    assert!(receiver.stop().success());
+    bench.assert_lines(numbered("file", written).chain(numbered("datagram", written)));
+}
+
+/// Lines that were stored, and whose receipts the sender did not live to see, are sent again under their old row: a new
+/// tag is for new lines.
+#[test]
+fn a_changed_tag_doubles_no_spooled_line_after_a_crash() {
+    const LINES: usize = 20_000;
+    let bench = Bench::new();
+    let mut receiver = bench.receiver();
+    receiver.stop();
+    bench.write("send.toml", sources("one"));
+    let mut sender = start(&bench, &receiver);
+    let socket = UnixDatagram::unbound().expect("a socket");
+    for number in 0..LINES {
+        socket
+            .send_to(format!("datagram {number}").as_bytes(), bench.path("log.sock"))
+            .expect("send");
+    }
+    let payloads = lines("datagram", LINES).len() - LINES;
+    wait_until("everything is spooled", PATIENCE, || {
+        bench.bytes_below("state/spool") >= (payloads + LINES * 18) as u64
+    });
+    // No position is saved, as if every receipt had come too late.
+    std::fs::create_dir(bench.path("state/positions.new")).expect("a folder in the way");
+    receiver.start();
+    bench.wait_for_lines(LINES);
+    sender.kill_hard();
+    std::fs::remove_dir(bench.path("state/positions.new")).expect("remove");
+    std::fs::remove_file(bench.path("log.sock")).expect("the dead socket's file");
+    bench.write("send.toml", sources("two"));
+    let mut sender = start(&bench, &receiver);
+    socket.send_to(b"new", bench.path("log.sock")).expect("send");
+    bench.wait_for_lines(LINES + 1);
+    assert!(sender.stop().success());
+    bench.assert_lines(numbered("datagram", LINES).chain(["new".to_owned()]));
+    let stored = bench.stored();
+    let new = stored.iter().find(|line| line["message"] == "new").expect("the new line");
+    assert_eq!(tag(new), "two");
+}
