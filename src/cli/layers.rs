@@ -128,11 +128,13 @@ impl Send {
                     inputs: vec![input],
                     refused: false,
                     mode: None,
+                    rotated: Vec::new(),
                     syslog: syslog.clone(),
                     settings: settings.clone(),
                 })
                 .collect(),
             once: self.once,
+            once_timeout: flag("--once-timeout", self.once_timeout),
             receipts: flag("--receipts", receipts),
             compress: switch("--compress", self.compress),
             drain_timeout: flag("--drain-timeout", self.drain_timeout),
@@ -224,6 +226,7 @@ mod tests {
         let files = |pattern: &str| TypedInput::Files {
             pattern: pattern.to_owned(),
             name: pattern.to_owned(),
+            literal: pattern.contains('*').then(|| pattern.into()),
         };
         assert_eq!(
             inputs,

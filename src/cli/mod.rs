@@ -48,7 +48,7 @@ pub enum Command {
     Token(Token),
     /// Find lines in the embedded store or in Elasticsearch.
     Search(Search),
-    /// Put the index template and the dead-letter index into Elasticsearch.
+    /// Put the index templates and the dead-letter index into Elasticsearch.
     Setup(Setup),
     /// Show the whole way of a line on this machine.
     Demo(Demo),
@@ -204,9 +204,14 @@ pub struct Send {
     #[arg(long, value_name = "ZONE", value_parser = value::timezone, help_heading = "Lines")]
     pub timezone: Option<String>,
 
-    /// Send what is there now, wait for every receipt, and end: 1 if a line was parked or failed
+    /// Send what is there now, wait for every receipt, and end: 1 if a line was parked or failed.
+    /// An absent receiver or Elasticsearch is waited for without end
     #[arg(long, help_heading = "Running")]
     pub once: bool,
+    /// How long --once tries lines again that their index refuses; then it ends with 1, and the next
+    /// run sends them [default: 5m]
+    #[arg(long, value_name = "TIME", value_parser = value::duration, requires = "once", help_heading = "Running")]
+    pub once_timeout: Option<Duration>,
     /// Write one JSON line per line sent to this file, or to standard output with '-'
     #[arg(long, value_name = "FILE|-", help_heading = "Running")]
     pub receipts: Option<PathBuf>,
@@ -478,12 +483,18 @@ pub struct Search {
 /// `waybill setup`.
 #[derive(Debug, Default, Args)]
 #[command(long_about = "\
-Puts the index template and the dead-letter index into Elasticsearch. The key needs 'manage_index_templates' \
-and the right to make the dead-letter index; the receiver's own key needs neither.")]
+Puts the index templates and the dead-letter index into Elasticsearch. The key needs 'manage_index_templates' \
+and the right to make the dead-letter index; the receiver's own key needs neither.
+
+Each index pattern has a template of its own: 'waybill' for the default one, 'waybill-web-~' for web-{yyyy.MM.dd}. \
+Likewise each dead letter: 'waybill-dead-letter', or 'waybill-dead-letter-NAME'. Several receivers with patterns of \
+their own may so share a cluster. Where two patterns cover an index, the one that says more of its name goes first: \
+the priority is 200 and 1 for each of its characters, so that a template of yours goes before all of them from 500 on.")]
 #[command(after_long_help = "\
 Examples:
   waybill setup --elasticsearch https://es-1:9200 --api-key-file /etc/waybill/admin-key
-  waybill setup --elasticsearch https://es-1:9200 --print")]
+  waybill setup --elasticsearch https://es-1:9200 --index 'web-{yyyy.MM.dd}' --api-key-file admin-key
+  waybill setup --print")]
 pub struct Setup {
     /// Elasticsearch.
     #[command(flatten)]
@@ -494,7 +505,7 @@ pub struct Setup {
     /// The receiver's dead-letter index
     #[arg(long, value_name = "INDEX", value_parser = value::index_name, default_value = crate::config::DEAD_LETTER_INDEX)]
     pub dead_letter_index: String,
-    /// Change nothing; print the requests for an administrator
+    /// Ask no server; print the requests for an administrator
     #[arg(long)]
     pub print: bool,
 }

@@ -59,6 +59,9 @@ pub struct SendConfig {
     pub sources: Vec<SourceConfig>,
     /// Send what is there now, wait for every receipt, and end.
     pub once: bool,
+    /// With `once`: how long lines are tried again that an index refuses while nothing else comes
+    /// through.
+    pub once_timeout: Duration,
     /// Where one JSON line per line sent goes.
     pub receipts: Option<ReceiptsTarget>,
     /// Compress frames with zstd where the receiver can.
@@ -141,6 +144,10 @@ pub enum Input {
     Files {
         /// As glob(7) has it; `**` crosses folders.
         pattern: String,
+        /// The file whose very name looks like the pattern: it is followed too.
+        literal: Option<PathBuf>,
+        /// Patterns of other places where rotated files lie.
+        rotated: Vec<String>,
     },
     /// Standard input, through the spool.
     Stdin,

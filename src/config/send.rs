@@ -17,6 +17,9 @@ use super::{
     ListenConfig, Loaded, ReceiptsTarget, SendConfig, SourceConfig,
 };
 
+/// How long `--once` tries lines again that an index refuses, unless configured.
+pub const ONCE_TIMEOUT: Duration = Duration::from_secs(300);
+
 /// How long a stop waits for outstanding receipts unless configured.
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -60,6 +63,8 @@ pub struct SendLayer {
     pub sources: Vec<SourceLayer>,
     /// `--once`.
     pub once: bool,
+    /// `--once-timeout`, `once_timeout`.
+    pub once_timeout: Option<At<Duration>>,
     /// `--receipts`, `receipts`.
     pub receipts: Option<At<ReceiptsTarget>>,
     /// `--compress`, `compress`.
@@ -104,6 +109,7 @@ impl SendLayer {
             state_dir: self.state_dir.or(under.state_dir),
             sources: source::either(self.sources, under.sources),
             once: self.once || under.once,
+            once_timeout: self.once_timeout.or(under.once_timeout),
             receipts: self.receipts.or(under.receipts),
             compress: self.compress.or(under.compress),
             drain_timeout: self.drain_timeout.or(under.drain_timeout),
@@ -133,6 +139,7 @@ impl SendLayer {
             state_dir: table.path("state_dir"),
             sources: table.tables("source", "source.", SourceLayer::read),
             once: false,
+            once_timeout: table.text("once_timeout", value::duration),
             receipts: read_receipts(table),
             compress: table.boolean("compress"),
             drain_timeout: table.text("drain_timeout", value::duration),
@@ -200,6 +207,7 @@ fn check(
         state_dir,
         sources,
         once: layer.once,
+        once_timeout: layer.once_timeout.map_or(ONCE_TIMEOUT, |at| at.value),
         receipts,
         compress: layer.compress.is_some_and(|at| at.value),
         rate_limit: layer.rate_limit.map(|at| at.value),

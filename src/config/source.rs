@@ -35,6 +35,8 @@ pub struct SourceLayer {
     pub refused: bool,
     /// `source.mode` of a Unix socket.
     pub mode: Option<At<u32>>,
+    /// `source.rotated` of files.
+    pub rotated: Vec<At<String>>,
     /// Of a syslog listener.
     pub syslog: SyslogSettings,
     /// Settings that the command line gives all its sources at once.
@@ -50,6 +52,8 @@ pub enum TypedInput {
         pattern: String,
         /// The source's name, where none is given.
         name: String,
+        /// The path itself, where it looks like a pattern and may be a file's.
+        literal: Option<PathBuf>,
     },
     /// Standard input.
     Stdin,
@@ -120,8 +124,8 @@ pub(super) fn either<T>(first: Vec<T>, second: Vec<T>) -> Vec<T> {
     if first.is_empty() { second } else { first }
 }
 
-/// A file or pattern of the command line. What exists under just this name is that file, even if
-/// its name looks like a pattern.
+/// A file or pattern of the command line. The shell passes on what it does not expand: a file that
+/// has just this name is meant too, beside those that the pattern matches.
 pub fn file_argument(argument: &OsStr, current_dir: &Path) -> Result<TypedInput, ValueError> {
     let Some(text) = argument.to_str() else {
         let name = escape_path(Path::new(argument));
@@ -129,16 +133,31 @@ pub fn file_argument(argument: &OsStr, current_dir: &Path) -> Result<TypedInput,
             "{name} is not UTF-8: name it by a pattern, such as DIR/*"
         )));
     };
-    if current_dir.join(text).symlink_metadata().is_ok() {
-        let literal = glob::Pattern::escape(text);
-        return absolute(&literal, text, current_dir);
+    let path = current_dir.join(text);
+    match value::pattern(text) {
+        Ok(pattern) if has_wildcard(text) => match absolute(&pattern, text, current_dir)? {
+            TypedInput::Files { pattern, name, .. } => {
+                Ok(TypedInput::Files { pattern, name, literal: Some(path) })
+            }
+            other => Ok(other),
+        },
+        Ok(pattern) => absolute(&pattern, text, current_dir),
+        Err(_) if path.symlink_metadata().is_ok() => {
+            absolute(&glob::Pattern::escape(text), text, current_dir)
+        }
+        Err(error) => Err(error),
     }
-    absolute(&value::pattern(text)?, text, current_dir)
+}
+
+/// Whether a pattern is more than a path.
+fn has_wildcard(pattern: &str) -> bool {
+    pattern.contains(['*', '?', '['])
 }
 
 fn absolute(pattern: &str, name: &str, base: &Path) -> Result<TypedInput, ValueError> {
     if pattern.starts_with('/') {
-        return Ok(TypedInput::Files { pattern: pattern.to_owned(), name: name.to_owned() });
+        let (pattern, name) = (pattern.to_owned(), name.to_owned());
+        return Ok(TypedInput::Files { pattern, name, literal: None });
     }
     let Some(base) = base.to_str() else {
         let base = escape_path(base);
@@ -149,6 +168,7 @@ fn absolute(pattern: &str, name: &str, base: &Path) -> Result<TypedInput, ValueE
     Ok(TypedInput::Files {
         pattern: format!("{}/{pattern}", glob::Pattern::escape(base)),
         name: format!("{base}/{name}"),
+        literal: None,
     })
 }
 
@@ -197,6 +217,12 @@ impl SourceLayer {
             refused: named && inputs.is_empty(),
             inputs,
             mode: table.text("mode", value::mode),
+            rotated: table.list("rotated", |text| {
+                match absolute(&value::pattern(text)?, text, &base)? {
+                    TypedInput::Files { pattern, .. } => Ok(pattern),
+                    _ => Err(ValueError(format!("{text:?} names no files"))),
+                }
+            }),
             syslog: SyslogSettings {
                 tls_cert: table.path("tls_cert"),
                 tls_key: table.path("tls_key"),
@@ -234,10 +260,15 @@ impl SourceLayer {
         };
         let mode = self.mode.as_ref().map_or(SOCKET_MODE, |at| at.value);
         self.syslog.refuse_strays(&typed.value, findings);
+        let is_files = matches!(typed.value, TypedInput::Files { .. });
+        if let Some(at) = self.rotated.first().filter(|_| !is_files) {
+            findings.problem(&at.place, "only files are rotated: remove it");
+        }
         let (input, derived_name) = match typed.value {
-            TypedInput::Files { pattern, name } => {
+            TypedInput::Files { pattern, name, literal } => {
                 check_files(&pattern, &name, once, &typed.place, findings);
-                (Input::Files { pattern }, name)
+                let rotated = self.rotated.into_iter().map(|at| at.value).collect();
+                (Input::Files { pattern, literal, rotated }, name)
             }
             TypedInput::Stdin => (Input::Stdin, "stdin".to_owned()),
             TypedInput::SupervisorEvents => (Input::SupervisorEvents, "supervisor".to_owned()),
@@ -360,8 +391,8 @@ fn labels(typed: Vec<At<(String, String)>>, findings: &mut Findings) -> BTreeMap
 /// there, is a mistake. (Following waits for a file to appear.)
 fn check_files(pattern: &str, name: &str, once: bool, place: &Place, findings: &mut Findings) {
     let path = Path::new(name);
-    let is_literal = pattern == name && !pattern.contains(['*', '?', '['])
-        || pattern == glob::Pattern::escape(name);
+    let is_literal =
+        pattern == name && !has_wildcard(pattern) || pattern == glob::Pattern::escape(name);
     if !is_literal {
         return;
     }

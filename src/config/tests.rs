@@ -71,6 +71,7 @@ fn a_small_sender_gets_the_documented_defaults() {
     assert_eq!(config.state_dir, Path::new("/state"));
     assert_eq!(dialling(&config).token_file, desk.dir.path().join("token"));
     assert_eq!(config.drain_timeout, Duration::from_secs(10));
+    assert_eq!(config.once_timeout, Duration::from_secs(300));
     assert_eq!((config.spool_bytes_max, config.kept_bytes_max), (1 << 30, 1 << 30));
     assert!(!config.once && !config.compress && !config.progress);
     let source = &config.sources[0];
@@ -93,15 +94,15 @@ fn bad_senders_say_where_and_what_is_allowed() {
         (
             format!("tokn_file = 'x'\n{SEND}{SOURCE}"),
             "c.toml:1:1: tokn_file: unknown key; allowed here: balance, ca, compress, drain_timeout, \
-             idle_close, insecure_plaintext, kept_bytes_max, listen, log_format, log_level, proxy, \
-             rate_limit, receipts, source, spool_bytes_max, state_dir, tls_cert, tls_key, to, \
+             idle_close, insecure_plaintext, kept_bytes_max, listen, log_format, log_level, once_timeout, \
+             proxy, rate_limit, receipts, source, spool_bytes_max, state_dir, tls_cert, tls_key, to, \
              token_file, tokens"
                 .to_owned(),
         ),
         (
             with_source("  typ = 'nginx'\n"),
             "c.toml:5:3: source.typ: unknown key; allowed here: files, follow_symlinks, format, \
-             http_intake, labels, mode, name, receive_buffer, start, stdin, supervisor_events, syslog_tcp, \
+             http_intake, labels, mode, name, receive_buffer, rotated, start, stdin, supervisor_events, syslog_tcp, \
              syslog_tls, syslog_udp, tags, timezone, tls_cert, tls_key, type, unix_datagram, unix_stream"
                 .to_owned(),
         ),
@@ -278,7 +279,8 @@ fn flags_go_before_the_file() {
         ..SendLayer::default()
     };
     let text = format!(
-        "spool_bytes_max = '5MiB'\nkept_bytes_max = 77\ndrain_timeout = '3s'\n{SEND}{SOURCE}"
+        "spool_bytes_max = '5MiB'\nkept_bytes_max = 77\ndrain_timeout = '3s'\n\
+         once_timeout = '1m'\n{SEND}{SOURCE}"
     );
     let config = desk.send(flags, &text).expect("good").config;
     assert_eq!(dialling(&config).to.len(), 1);
@@ -286,6 +288,7 @@ fn flags_go_before_the_file() {
     assert_eq!(config.spool_bytes_max, 8 << 20);
     assert_eq!(config.kept_bytes_max, 77);
     assert_eq!(config.drain_timeout, Duration::from_secs(3));
+    assert_eq!(config.once_timeout, Duration::from_secs(60));
 
     let file = file_argument("b.log".as_ref(), desk.dir.path()).expect("a file");
     let place = Place::Flag("FILE");
@@ -295,6 +298,7 @@ fn flags_go_before_the_file() {
         inputs: vec![At { value: file, place }],
         refused: false,
         mode: None,
+        rotated: Vec::new(),
         syslog: SyslogSettings::default(),
         settings: SourceSettings::default(),
     };
@@ -443,17 +447,21 @@ fn secrets_that_everyone_can_read_are_warned_of() {
 }
 
 #[test]
-fn a_file_whose_name_looks_like_a_pattern_is_that_file() {
+fn a_file_whose_name_looks_like_a_pattern_is_that_file_too() {
     let desk = Desk::new();
     desk.write("app[1].log", "x\n");
-    let TypedInput::Files { pattern, name } =
+    desk.write("app1.log", "x\n");
+    let path = desk.dir.path().join("app[1].log");
+    let TypedInput::Files { pattern, name, literal } =
         file_argument("app[1].log".as_ref(), desk.dir.path()).expect("a file")
     else {
         panic!("not files")
     };
+    // Whoever makes such a file does not switch off the others.
     let found: Vec<_> = glob::glob(&pattern).expect("a pattern").flatten().collect();
-    assert_eq!(found, [desk.dir.path().join("app[1].log")]);
-    assert_eq!(name, found[0].display().to_string());
+    assert_eq!(found, [desk.dir.path().join("app1.log")]);
+    assert_eq!(literal.as_ref(), Some(&path));
+    assert_eq!(name, path.display().to_string());
 }
 
 #[test]

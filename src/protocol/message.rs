@@ -195,6 +195,9 @@ pub enum Verdict {
         /// When to try again, in milliseconds.
         #[serde(rename = "after_ms", with = "milliseconds")]
         after: Duration,
+        /// The index that refuses the record, where a person may have to mend it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        index: Option<String>,
     },
 }
 
@@ -234,16 +237,19 @@ mod tests {
     #[test]
     fn a_receipt_reads_as_documented() {
         let text = concat!(
-            r#"{"type":"receipt","handle":1,"from":0,"to":30,"runs":["#,
+            r#"{"type":"receipt","handle":1,"from":0,"to":40,"runs":["#,
             r#"{"to":10,"lines":2,"verdict":"stored"},"#,
             r#"{"to":20,"lines":1,"verdict":"parked","reason":"mapping"},"#,
-            r#"{"to":30,"lines":1,"verdict":"deferred","reason":"closed","after_ms":1500}]}"#
+            r#"{"to":30,"lines":1,"verdict":"deferred","reason":"disk full","after_ms":1500},"#,
+            r#"{"to":40,"lines":1,"verdict":"deferred","reason":"closed","after_ms":1500,"#,
+            r#""index":"a"}]}"#
         );
         let message = Control::decode(text).expect("a receipt");
         assert_eq!(message.encode(), text);
         let Control::Receipt(receipt) = message else { panic!("not a receipt") };
         assert!(receipt.runs[1].verdict.is_final());
         assert!(!receipt.runs[2].verdict.is_final());
+        assert!(!receipt.runs[3].verdict.is_final());
     }
 
     #[test]

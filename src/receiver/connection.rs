@@ -437,11 +437,14 @@ fn parts(receipt: Receipt) -> impl Iterator<Item = Receipt> {
     })
 }
 
-/// Upper bound of a run's text: numbers and names, and a reason with every byte escaped.
+/// Upper bound of a run's text: numbers and names, and texts with every byte escaped.
 fn size(run: &Run) -> usize {
-    let reason = match &run.verdict {
-        Verdict::Parked { reason } | Verdict::Deferred { reason, .. } => reason.len(),
+    let texts = match &run.verdict {
+        Verdict::Parked { reason } => reason.len(),
+        Verdict::Deferred { reason, index, .. } => {
+            reason.len() + index.as_ref().map_or(0, String::len)
+        }
         Verdict::Stored | Verdict::Already | Verdict::Skipped => 0,
     };
-    128 + 6 * reason
+    128 + 6 * texts
 }

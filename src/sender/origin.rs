@@ -136,7 +136,7 @@ impl FileOrigin {
 
     /// Whether size, first bytes and the bytes before the frontier still agree after a read up to
     /// `end`.
-    fn agrees(&mut self, end: u64, frontier: u64, before: &[u8]) -> io::Result<bool> {
+    pub fn agrees(&mut self, end: u64, frontier: u64, before: &[u8]) -> io::Result<bool> {
         if self.tail.is_compressed() {
             return self.tail.is_unchanged();
         }

@@ -68,6 +68,7 @@ impl Attributes {
             destination: None,
             kept_from: None,
             kept_short_of: None,
+            passed_over: None,
         };
         if let Some(welcome) = welcome {
             complete(&mut entry, welcome);

@@ -97,6 +97,13 @@ pub struct Counted {
     pub frames: u32,
 }
 
+impl Counted {
+    /// Lines with a verdict that is final.
+    pub fn lines(&self) -> u64 {
+        self.stored + self.already + self.skipped + self.parked
+    }
+}
+
 /// See the module.
 #[derive(Debug)]
 pub struct Window {
@@ -137,6 +144,12 @@ impl Window {
     /// Whether all that was ever sent is receipted.
     pub fn is_idle(&self) -> bool {
         self.spans.is_empty()
+    }
+
+    /// Whether all that was sent and is not receipted waits to be sent again later.
+    pub fn is_deferred(&self) -> bool {
+        let waits = |span: &Span| matches!(span.state, SpanState::Waiting(_) | SpanState::Done(_));
+        !self.is_idle() && self.spans.iter().all(waits)
     }
 
     /// Bytes and frames on the wire without a receipt.
@@ -340,7 +353,8 @@ mod tests {
     }
 
     fn deferred(seconds: u64) -> Verdict {
-        Verdict::Deferred { reason: "later".to_owned(), after: Duration::from_secs(seconds) }
+        let after = Duration::from_secs(seconds);
+        Verdict::Deferred { reason: "later".to_owned(), after, index: None }
     }
 
     fn window(ends: &[u64]) -> Window {
@@ -373,11 +387,13 @@ mod tests {
         let counted = window.receipt(&receipt(0, &parts), now, &mut |_| {});
         assert_eq!((counted.stored, counted.credit), (2, 30));
         assert_eq!(window.position(), 10);
+        assert!(window.is_deferred() && !window.is_idle());
         assert_eq!(window.next(now), Next::New { from: 30 });
         let later = now + Duration::from_secs(5);
         assert_eq!(window.next_due(), Some(later));
         assert_eq!(window.next(later), Next::Again { from: 10, to: 20, fingerprint: None });
         window.sent_again(10, 20);
+        assert!(!window.is_deferred(), "its second receipt is to come");
         assert_eq!(window.next(later), Next::New { from: 30 });
         window.receipt(&receipt(10, &[(20, Verdict::Stored)]), later, &mut |_| {});
         assert_eq!(window.position(), 30);

@@ -196,6 +196,11 @@ impl Spool {
         *self.shared.watermark.borrow()
     }
 
+    /// Where a segment ends, as far as it is synced; `None` where it is gone.
+    pub fn end_of(&self, segment: SegmentId) -> Option<u64> {
+        self.shared.table().run(segment).map(|run| run.synced())
+    }
+
     /// Follows the watermark; it also changes when another segment becomes the live one.
     pub fn subscribe(&self) -> watch::Receiver<Watermark> {
         self.shared.watermark.subscribe()

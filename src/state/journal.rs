@@ -28,6 +28,8 @@ pub(super) struct Change {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub sources: Vec<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub surveyed: Vec<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub rows: Vec<Entry>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub dropped: Vec<SegmentId>,
@@ -39,6 +41,7 @@ pub(super) struct Replayed {
     pub instance: Option<Uuid>,
     pub machine: Option<String>,
     pub sources: BTreeSet<String>,
+    pub surveyed: BTreeSet<String>,
     pub entries: BTreeMap<SegmentId, Entry>,
 }
 
@@ -153,6 +156,7 @@ impl Replayed {
         self.instance = change.instance.or(self.instance);
         self.machine = change.machine.or(self.machine.take());
         self.sources.extend(change.sources);
+        self.surveyed.extend(change.surveyed);
         for entry in change.rows {
             self.entries.insert(entry.row.segment, entry);
         }

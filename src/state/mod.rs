@@ -26,7 +26,7 @@ use uuid::Uuid;
 use crate::record::{Framing, Row, SegmentId};
 
 use journal::{Change, Journal};
-pub use positions::{Fingerprint, Place, Progress};
+pub use positions::{Fingerprint, Place, Progress, Stamp};
 
 /// Rows whose file was not seen for so long are forgotten.
 const FORGET_AFTER: Duration = Duration::from_secs(30 * 24 * 3600);
@@ -49,9 +49,21 @@ pub struct Entry {
     /// here is lost if this process ends.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kept_short_of: Option<u64>,
+    /// What recognises the file before the first position of this row is saved, where the row
+    /// passes over what is there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub passed_over: Option<Box<Progress>>,
 }
 
 impl Entry {
+    /// What is known before a position of this row is saved.
+    fn first_progress(&self) -> Progress {
+        match &self.passed_over {
+            Some(progress) => (**progress).clone(),
+            None => Progress::at_start(&self.row),
+        }
+    }
+
     /// The same stretch from `start` on under a new segment id: for another identity than the one
     /// under which its lines were sent so far, since the old ids could never be made again, or
     /// would be another sender's.
@@ -62,6 +74,7 @@ impl Entry {
         renewed.row.sender = None;
         renewed.row.rule = None;
         renewed.destination = None;
+        renewed.passed_over = None;
         renewed
     }
 }
@@ -112,6 +125,7 @@ struct Inner {
     entries: BTreeMap<SegmentId, Entry>,
     progress: BTreeMap<SegmentId, Progress>,
     sources: BTreeSet<String>,
+    surveyed: BTreeSet<String>,
     instance: Uuid,
     /// Positions that are on disk.
     durable: BTreeMap<SegmentId, u64>,
@@ -144,6 +158,7 @@ impl State {
             entries: replayed.entries,
             progress,
             sources: replayed.sources,
+            surveyed: replayed.surveyed,
             instance: replayed.instance.unwrap_or_else(Uuid::now_v7),
             durable,
             dirty: false,
@@ -203,7 +218,7 @@ impl State {
         let inner = self.lock();
         let with_progress = |entry: &Entry| {
             let progress = inner.progress.get(&entry.row.segment).cloned();
-            let mut progress = progress.unwrap_or_else(|| Progress::at_start(&entry.row));
+            let mut progress = progress.unwrap_or_else(|| entry.first_progress());
             if progress.prefix.length < entry.row.first_bytes.length {
                 progress.prefix = entry.row.first_bytes.clone();
             }
@@ -252,11 +267,40 @@ impl State {
         Ok(())
     }
 
+    /// Whether it was never noted which rotated files were there before this source.
+    pub fn is_unsurveyed(&self, source: &str) -> bool {
+        !self.lock().surveyed.contains(source)
+    }
+
+    /// Remembers durably, in one write, which rotated files were there before these sources.
+    pub fn pass_over(&self, sources: Vec<String>, passed: Vec<Entry>) -> io::Result<()> {
+        let mut inner = self.lock();
+        let change = Change { surveyed: sources, rows: passed, ..Change::default() };
+        inner.journal.append(&change)?;
+        inner.surveyed.extend(change.surveyed);
+        for entry in change.rows {
+            inner.entries.insert(entry.row.segment, entry);
+        }
+        Ok(())
+    }
+
     /// Notes how far a segment has come; durable after the next [`State::save`].
     pub fn set_progress(&self, segment: SegmentId, progress: Progress) {
         let mut inner = self.lock();
         inner.progress.insert(segment, progress);
         inner.dirty = true;
+    }
+
+    /// What is known of a run's bytes without receipt was reported as lost: it is not said again.
+    pub fn forget_size(&self, run: Uuid) {
+        let mut inner = self.lock();
+        let Inner { entries, progress, dirty, .. } = &mut *inner;
+        for (segment, _) in entries.iter().filter(|(_, entry)| entry.run == run) {
+            if let Some(progress) = progress.get_mut(segment) {
+                progress.size = 0;
+                *dirty = true;
+            }
+        }
     }
 
     /// Notes that the files of these runs are there, and forgets the rows of files that nobody has
@@ -272,8 +316,7 @@ impl State {
                 {
                     continue;
                 }
-                let progress =
-                    progress.entry(*segment).or_insert_with(|| Progress::at_start(&entry.row));
+                let progress = progress.entry(*segment).or_insert_with(|| entry.first_progress());
                 let seen = UNIX_EPOCH + Duration::from_millis(progress.seen_ms);
                 if present.contains(&entry.run) {
                     progress.seen_ms = positions::milliseconds(now);
@@ -336,7 +379,7 @@ impl Inner {
         let mut progress = std::mem::take(&mut self.progress);
         for (segment, entry) in std::mem::take(&mut self.entries) {
             let known = progress.remove(&segment);
-            let known = known.unwrap_or_else(|| Progress::at_start(&entry.row));
+            let known = known.unwrap_or_else(|| entry.first_progress());
             if entry.row.end.is_some_and(|end| known.position >= end) {
                 continue;
             }
@@ -354,6 +397,7 @@ impl Inner {
             instance: Some(self.instance),
             machine: self.journal.machine().map(str::to_owned),
             sources: self.sources.iter().cloned().collect(),
+            surveyed: self.surveyed.iter().cloned().collect(),
             rows: self.entries.values().cloned().collect(),
             dropped: Vec::new(),
         };

@@ -1,8 +1,9 @@
 //! The positions file: how far each segment was receipted, replaced as a whole.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, Metadata};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -36,6 +37,9 @@ pub struct Place {
     pub device: u64,
     /// `st_ino`.
     pub inode: u64,
+    /// When the inode was made, in nanoseconds since 1970; 0 where that is not known.
+    #[serde(default)]
+    pub born: u64,
 }
 
 /// How far a segment has come, and how its file is recognised there.
@@ -51,6 +55,35 @@ pub struct Progress {
     pub place: Place,
     /// When it was seen there, in milliseconds since 1970.
     pub seen_ms: u64,
+    /// How far its bytes were seen; 0 where that is not known.
+    #[serde(default)]
+    pub size: u64,
+    /// What the file looked like when all of it was receipted: while it looks so, there is nothing
+    /// to send.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rest: Option<Stamp>,
+}
+
+/// Size and time of the last change of a file as it is stored.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Stamp {
+    /// In bytes.
+    pub size: u64,
+    /// `st_mtime`.
+    pub seconds: i64,
+    /// Nanoseconds of it.
+    pub nanoseconds: i64,
+}
+
+impl Stamp {
+    /// Of an open file or a path.
+    pub fn of(metadata: &Metadata) -> Stamp {
+        Stamp {
+            size: metadata.size(),
+            seconds: metadata.mtime(),
+            nanoseconds: metadata.mtime_nsec(),
+        }
+    }
 }
 
 impl Progress {
@@ -60,8 +93,10 @@ impl Progress {
             position: row.start,
             prefix: row.first_bytes.clone(),
             fingerprints: Vec::new(),
-            place: Place { path: row.path.clone(), device: row.device, inode: row.inode },
+            place: Place { path: row.path.clone(), device: row.device, inode: row.inode, born: 0 },
             seen_ms: milliseconds(SystemTime::now()),
+            size: 0,
+            rest: None,
         }
     }
 

@@ -28,7 +28,14 @@ pub(crate) fn entry(path: &str) -> Entry {
         rule: None,
         first_bytes: Prefix::default(),
     };
-    Entry { row, run: Uuid::now_v7(), destination: None, kept_from: None, kept_short_of: None }
+    Entry {
+        row,
+        run: Uuid::now_v7(),
+        destination: None,
+        kept_from: None,
+        kept_short_of: None,
+        passed_over: None,
+    }
 }
 
 fn names(state: &State) -> Vec<String> {

@@ -257,7 +257,7 @@ fn what_is_wrong_on_the_way_to_the_receiver_is_said() {
     let Some(nginx) = front(&bench, port, |text| text) else { return };
     let check = to(&url);
     check.fails(&["upgrade"]);
-    check.says("upgrade", "fail", "the proxy does not reach the receiver");
+    check.says("upgrade", "fail", "the proxy does not reach");
     check.says("tls", "ok", "days left");
     let receiver = behind(&bench);
     let check = checked(sender(&bench, &["app.log", "--to", &url]));
@@ -405,7 +405,7 @@ pub fn cluster(node: &Elasticsearch, rule: &str, dead_letter: &str) {
     sound.says("template", "ok", "version");
     sound.says("durability", "ok", "request");
     sound.says("privileges", "skip", "not checked");
-    check("other-{type}").says("template", "fail", "waybill setup --index");
+    check("other-{type}").says("template", "fail", "it is missing");
 
     let put = |path: &str, body: Value| {
         let (status, answer) = node.request("PUT", path, &body);

@@ -356,3 +356,68 @@ fn elasticsearch_killed_in_the_middle_loses_and_doubles_nothing() {
     let ids: Vec<String> = receipts(&file).into_keys().collect();
     assert!(ids == node.all_ids("kill-default-*"), "receipts and documents differ");
 }
+
+/// nginx in front of a node, without TLS, with a log of what it passed on.
+fn plain_front(node: &Elasticsearch) -> Option<(String, Nginx)> {
+    let port = free_port();
+    let text = format!(
+        "events {{}}\nhttp {{\n  access_log access.log;\n  client_max_body_size 100m;\n  server {{\n    \
+         listen 127.0.0.1:{port};\n    location / {{ {} }}\n  }}\n}}\n",
+        pass_to(node.host_port())
+    );
+    Some((format!("http://127.0.0.1:{port}"), Nginx::start(&text)?))
+}
+
+#[test]
+fn two_urls_fail_over_in_the_middle_of_a_stream_and_back() {
+    let Some(node) = Elasticsearch::shared_8_17() else {
+        return;
+    };
+    let (Some((first_url, first)), Some((second_url, second))) =
+        (plain_front(node), plain_front(node))
+    else {
+        return;
+    };
+    let bench = Bench::new();
+    let prefix = prefix("failover");
+    let receiver = receiver(&bench, &first_url, &prefix, &["--elasticsearch", &second_url]);
+    bench.write("app.log", "");
+    let mut sender = bench.sender(&receiver, &["app.log", "--receipts", "receipts.jsonl"]);
+    let file = bench.path("receipts.jsonl");
+    let receipted = || fs::read_to_string(&file).unwrap_or_default().lines().count();
+    let passed = |nginx: &Nginx| {
+        let log = fs::read_to_string(nginx.folder().join("access.log")).unwrap_or_default();
+        log.lines().filter(|line| line.contains("\"POST /_bulk") && line.contains(" 200 ")).count()
+    };
+    let mut written = 0;
+    let mut write = |count: usize| {
+        let text: String = (written..written + count).map(|n| format!("line {n}\n")).collect();
+        bench.append("app.log", text);
+        written += count;
+        written
+    };
+    let mut both = [first, second];
+    for turn in 0..4 {
+        let (down, up) = (turn % 2, (turn + 1) % 2);
+        let before = receipted();
+        write(40_000);
+        wait_until("first receipts of many", PATIENCE, || receipted() > before);
+        both[down].kill_hard();
+        let passed_before = passed(&both[up]);
+        let all = write(100);
+        let what = format!("turn {turn}: a receipt for each line, with one URL");
+        wait_until(&what, PATIENCE, || receipted() >= all);
+        wait_until("the other one passed them", PATIENCE, || passed(&both[up]) > passed_before);
+        both[down].restart();
+    }
+    assert!(sender.stop().success());
+    let pattern = format!("{prefix}-default-*");
+    assert_documents(node, &pattern, "line", written);
+    let ids: Vec<String> = receipts(&file).into_keys().collect();
+    assert!(ids == node.all_ids(&pattern), "receipts and documents differ");
+    assert_eq!(node.count(&format!("{prefix}-dead")), 0, "nothing is parked");
+    // A cluster of which one URL answers is not down.
+    let log = receiver.log();
+    assert!(log.matches("trying the next").count() >= 4, "{log}");
+    assert!(!log.contains("nothing is receipted until it does"), "{log}");
+}

@@ -5,7 +5,8 @@ use std::fs;
 use serde_json::{Value, json};
 
 use crate::support::documents::{age, assert_documents, prefix, receipts, wait_for_documents};
-use crate::support::servers::{Elasticsearch, wait_until};
+use crate::support::proxy::Proxy;
+use crate::support::servers::{Elasticsearch, free_port, wait_until};
 use crate::support::waybill::{Bench, PATIENCE, Process, lines, waybill};
 
 const LINES: usize = 500;
@@ -239,6 +240,74 @@ fn a_line_that_no_form_makes_fit_is_parked_and_its_neighbours_are_stored() {
     // It has its receipt: the next run has nothing to do, and succeeds.
     bench.send_once(&receiver, &arguments).ok();
     assert_eq!(node.count(&format!("{prefix}-dead")), 1);
+}
+
+/// A script does not wait for a person: what one index refuses whole fails the run and keeps its place, the other file
+/// is sent, and the next run has only the rest to do.
+#[test]
+fn once_gives_up_on_an_index_whose_mapping_refuses_every_line() {
+    let Some(node) = Elasticsearch::shared_8_17() else {
+        return;
+    };
+    let bench = Bench::new();
+    let prefix = prefix("gaveup");
+    bench.write("bad.log", lines("bad", LINES));
+    bench.write("good.log", lines("good", LINES));
+    let bad = format!("{prefix}-app-{}", age(&bench.path("bad.log")));
+    let mapping = json!({ "mappings": { "properties": { "message": { "type": "long" } } } });
+    put(node, "PUT", &format!("/{bad}"), &mapping);
+    let receiver = bench.receiver_into(&node.url(), &prefix);
+    let configuration = format!(
+        "to = [{:?}]\ntoken_file = \"test.token\"\nstate_dir = \"state\"\nonce_timeout = \"1s\"\n\
+         [[source]]\nfiles = \"bad.log\"\ntype = \"app\"\n\
+         [[source]]\nfiles = \"good.log\"\ntype = \"syslog\"\n",
+        receiver.url()
+    );
+    let configuration = bench.write("sender.toml", configuration);
+    let once = || {
+        let mut command = waybill();
+        command.args(["send", "--once", "--config"]).arg(&configuration);
+        Process::start("sender", command, bench.path("sender.log"))
+    };
+    let mut sender = once();
+    assert_eq!(sender.wait().code(), Some(1), "{}", sender.log());
+    let log = sender.log();
+    let said = log.lines().find(|line| line.contains("gave up")).expect("it says so");
+    for what in ["ERROR", "bad.log", &format!("index={bad}"), "message", "position=0"] {
+        assert!(said.contains(what), "no {what} in {said}");
+    }
+    assert_eq!(node.count(&format!("{prefix}-dead")), 0, "nothing is parked");
+    assert_eq!(node.count(&bad), 0);
+    assert_documents(node, &format!("{prefix}-syslog-*"), "good", LINES);
+
+    put(node, "DELETE", &format!("/{bad}"), &Value::Null);
+    assert!(once().wait().success());
+    assert_documents(node, &bad, "bad", LINES);
+    assert_documents(node, &format!("{prefix}-syslog-*"), "good", LINES);
+}
+
+/// What is only away comes back by itself: no timeout ends the wait for it.
+#[test]
+fn once_waits_for_an_absent_receiver_and_for_an_absent_elasticsearch() {
+    let Some(node) = Elasticsearch::shared_8_17() else {
+        return;
+    };
+    let bench = Bench::new();
+    let (port, prefix) = (free_port(), prefix("awaited"));
+    let mut receiver = bench.receiver_into(&format!("http://127.0.0.1:{port}"), &prefix);
+    receiver.stop();
+    bench.write("app.log", lines("line", LINES));
+    let mut sender = bench.sender(&receiver, &["app.log", "--once", "--once-timeout", "0s"]);
+    sender.wait_for_log("does not answer");
+    receiver.start();
+    sender.wait_for_log("connected");
+    wait_until("the receiver says that Elasticsearch is away", PATIENCE, || {
+        receiver.log().contains("Elasticsearch takes no documents")
+    });
+    assert!(sender.is_running());
+    let _proxy = Proxy::start_at(port, node.host_port(), &[]);
+    assert!(sender.wait().success());
+    assert_documents(node, &format!("{prefix}-default-*"), "line", LINES);
 }
 
 /// An index rule that changed while lines were on their way: the receiver says which line its configuration needs, and

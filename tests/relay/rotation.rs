@@ -3,21 +3,20 @@
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use serde_json::Value;
 
 use super::files::gzip;
 use super::support::servers::wait_until;
-use super::support::waybill::{Bench, PATIENCE, Random, lines, numbered};
+use super::support::waybill::{Bench, PATIENCE, lines, numbered};
 
-fn rename(bench: &Bench, from: &str, to: &str) {
+pub fn rename(bench: &Bench, from: &str, to: &str) {
     fs::rename(bench.path(from), bench.path(to)).expect("rename");
 }
 
 /// As gzip(1) does it: the archive has the file's time, and appears before the file goes.
-fn compress(bench: &Bench, name: &str) {
+pub fn compress(bench: &Bench, name: &str) {
     let text = fs::read(bench.path(name)).expect("read");
     let modified = bench.path(name).metadata().and_then(|m| m.modified()).expect("a time");
     let archive = bench.write(&format!("{name}.gz"), gzip(&text));
@@ -26,7 +25,7 @@ fn compress(bench: &Bench, name: &str) {
 }
 
 /// `app.log` becomes `app.log.1`, that `app.log.2`, and so on.
-fn shift(bench: &Bench) {
+pub fn shift(bench: &Bench) {
     let mut last = 1;
     while bench.path(&format!("app.log.{last}")).exists() {
         last += 1;
@@ -36,7 +35,7 @@ fn shift(bench: &Bench) {
     }
 }
 
-fn copytruncate(bench: &Bench) {
+pub fn copytruncate(bench: &Bench) {
     shift(bench);
     fs::copy(bench.path("app.log"), bench.path("app.log.1")).expect("copy");
     File::options()
@@ -46,7 +45,7 @@ fn copytruncate(bench: &Bench) {
         .expect("cut");
 }
 
-fn several(tags: &[&str], count: usize) -> impl Iterator<Item = String> {
+pub fn several(tags: &[&str], count: usize) -> impl Iterator<Item = String> {
     let lines: Vec<String> = tags.iter().flat_map(|tag| numbered(tag, count)).collect();
     lines.into_iter()
 }
@@ -242,7 +241,7 @@ fn an_equal_file_beside_one_that_rests_is_sent() {
     bench.assert_lines(several(&["line", "line"], 100).chain(ends));
 }
 
-fn set_modified(bench: &Bench, name: &str, time: SystemTime) {
+pub fn set_modified(bench: &Bench, name: &str, time: SystemTime) {
     let file = File::options().write(true).open(bench.path(name)).expect("open");
     file.set_modified(time).expect("time");
 }
@@ -420,53 +419,4 @@ fn a_tail_lost_in_a_power_cut_loses_no_later_line() {
     }
     // Only what lay behind the newest fingerprint that still fits is there twice.
     assert!(found.len() < 150_000, "{} lines", found.len());
-}
-
-/// Writers, rotation and crashes at once: each line is there, and once.
-#[test]
-fn rotated_each_200_ms_under_load_while_the_sender_is_killed() {
-    let bench = Bench::new();
-    let receiver = bench.receiver();
-    let mut random = Random::new();
-    let (done, written) = (AtomicBool::new(false), std::sync::Mutex::new(0_usize));
-    bench.write("app.log", "");
-    let mut sender = bench.sender(&receiver, &["app.log"]);
-    sender.wait_for_log("following");
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            let started = Instant::now();
-            let mut number = 0;
-            for generation in 1.. {
-                let mut file = File::options()
-                    .append(true)
-                    .create(true)
-                    .open(bench.path("app.log"))
-                    .expect("open");
-                while started.elapsed() < Duration::from_millis(200) * generation {
-                    let text: String =
-                        (number..number + 20).map(|n| format!("line {n}\n")).collect();
-                    file.write_all(text.as_bytes()).expect("write");
-                    number += 20;
-                    std::thread::sleep(Duration::from_millis(3));
-                }
-                if generation == 25 {
-                    break;
-                }
-                shift(&bench);
-                rename(&bench, "app.log", "app.log.1");
-            }
-            *written.lock().expect("lock") = number;
-            done.store(true, Ordering::SeqCst);
-        });
-        while !done.load(Ordering::SeqCst) {
-            std::thread::sleep(Duration::from_millis(100 + random.below(900)));
-            sender.kill_hard();
-            sender = bench.sender(&receiver, &["app.log"]);
-        }
-    });
-    let written = *written.lock().expect("lock");
-    bench.wait_for_lines(written);
-    assert!(sender.stop().success());
-    bench.send_once(&receiver, &["app.log"]).ok();
-    bench.assert_lines(numbered("line", written));
 }

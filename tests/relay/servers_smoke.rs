@@ -4,14 +4,17 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::support::servers::{Elasticsearch, Nginx, SyslogNg, free_port, http, root, wait_until};
+use crate::support::servers::{
+    Elasticsearch, Nginx, SyslogNg, free_port, http, root, spawn_bound, wait_until,
+};
 
 const SOON: Duration = Duration::from_secs(20);
 
@@ -255,6 +258,61 @@ fn elasticsearch_script_explains_itself() {
     let wrong = Command::new(&script).args(["start", "6.8"]).output().expect("the script runs");
     assert_eq!(wrong.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&wrong.stderr).contains("opensearch-3.8"));
+}
+
+/// `scripts/elasticsearch start` in a process group of its own, on the folder `node` of the current one.
+fn start_script(folder: &Path, die_with: &str) -> Child {
+    let script = root().join("scripts/elasticsearch");
+    let start = "\"$0\" start 8.17 --dir node --remove --die-with";
+    let mut command = Command::new("bash");
+    command.args(["-c", &format!("{start} {die_with} || exit; exec sleep infinity")]);
+    command.arg(script).current_dir(folder).process_group(0);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    spawn_bound(command).expect("bash")
+}
+
+/// The process of the node in `folder`, once there is one.
+fn node(folder: &Path) -> Option<u32> {
+    fs::read_to_string(folder.join("node/pid")).ok()?.trim().parse().ok()
+}
+
+#[track_caller]
+fn kill_group(leader: &mut Child) {
+    let group = format!("-{}", leader.id());
+    let killed = Command::new("kill").args(["-KILL", "--", &group]).status().expect("kill");
+    assert!(killed.success());
+    leader.wait().expect("the leader is gone");
+}
+
+/// Whoever interrupts the tests kills a process, or a whole group, at any moment.
+#[test]
+fn a_node_ends_with_its_process_though_the_group_is_killed() {
+    if Elasticsearch::shared_8_17().is_none() {
+        return;
+    }
+    let ends = |folder: &Path, pid: u32| {
+        wait_until("the node has ended and its folder is gone", SOON, || {
+            !Path::new(&format!("/proc/{pid}")).exists() && !folder.join("node").exists()
+        });
+    };
+    // The tests' own group, once the node runs: with the process that it is to die with.
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut tests = start_script(folder.path(), "$$");
+    wait_until("the node answers", 6 * SOON, || folder.path().join("node/url").exists());
+    let pid = node(folder.path()).expect("a node");
+    kill_group(&mut tests);
+    ends(folder.path(), pid);
+
+    // The script's group while the node starts, and that process later.
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut tests = Command::new("sleep").arg("infinity").spawn().expect("sleep");
+    let mut script = start_script(folder.path(), &tests.id().to_string());
+    wait_until("the node starts", SOON, || node(folder.path()).is_some());
+    let pid = node(folder.path()).expect("a node");
+    kill_group(&mut script);
+    tests.kill().expect("killed");
+    tests.wait().expect("gone");
+    ends(folder.path(), pid);
 }
 
 /// A test that replaces what is no longer there would test nothing.

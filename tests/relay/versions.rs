@@ -8,6 +8,7 @@ use std::sync::{Mutex, PoisonError};
 
 use serde_json::Value;
 
+use crate::setup::what_is_printed_is_what_is_put;
 use crate::support::documents::receipts;
 use crate::support::servers::Elasticsearch;
 use crate::support::store::run;
@@ -104,6 +105,7 @@ fn whole_run(version: &str) {
     assert_eq!(node.count("v-dead"), 0);
 
     searches(&node);
+    what_is_printed_is_what_is_put(&node, "printed");
 }
 
 /// Words, a phrase, fields of each type, a range of time, and the limit.

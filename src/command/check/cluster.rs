@@ -127,7 +127,7 @@ async fn templates(report: &mut Report, cluster: &Cluster) -> io::Result<()> {
                 (Status::Fail, message.to_owned())
             }
         };
-        report.line(CHECK, Some(name), status, message)?;
+        report.line(CHECK, Some(&name), status, message)?;
     }
     Ok(())
 }

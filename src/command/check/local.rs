@@ -10,7 +10,7 @@ use rustix::fs::Access;
 use super::Report;
 use crate::config::{Input, SourceConfig};
 use crate::record::escape_path;
-use crate::source::files::discovery::{has_wildcard, sweep};
+use crate::source::files::discovery::sweep;
 
 /// Fewer datagrams than systemd's default are lost in any burst.
 const DATAGRAMS_MIN: u64 = 512;
@@ -52,7 +52,7 @@ pub(super) fn folder(report: &mut Report, check: &str, folder: &Path) -> io::Res
 pub(super) fn source(report: &mut Report, source: &SourceConfig) -> io::Result<()> {
     let name = Some(source.name.as_str());
     match &source.input {
-        Input::Files { pattern } => files(report, source, pattern),
+        Input::Files { pattern, .. } => files(report, source, pattern),
         Input::UnixDatagram { path, .. } => {
             socket(report, name, path)?;
             queue(report, name)
@@ -70,7 +70,8 @@ fn files(report: &mut Report, source: &SourceConfig, pattern: &str) -> io::Resul
     let found = sweep(pattern);
     let mut readable = 0;
     let mut refused = Vec::new();
-    for path in &found {
+    for path in &found.paths {
+        let path = path.as_path();
         let is_link = fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_symlink());
         if is_link && !source.follow_symlinks {
             let path = escape_path(path);
@@ -84,11 +85,11 @@ fn files(report: &mut Report, source: &SourceConfig, pattern: &str) -> io::Resul
         // Opening a FIFO would wait for its writer.
         match fs::metadata(path).map(|metadata| metadata.is_file()) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => refused.push((path, error)),
+            Err(error) => refused.push((path, error.to_string())),
             Ok(false) => {}
             Ok(true) => match fs::File::open(path) {
                 Ok(_) => readable += 1,
-                Err(error) => refused.push((path, error)),
+                Err(error) => refused.push((path, error.to_string())),
             },
         }
     }
@@ -97,12 +98,13 @@ fn files(report: &mut Report, source: &SourceConfig, pattern: &str) -> io::Resul
             "{} of {} files cannot be read, such as {}: {error}; let the service's user read \
              them, mostly by their group: usermod -aG GROUP USER",
             refused.len(),
-            found.len(),
+            found.paths.len(),
             escape_path(path)
         );
         return report.fail(CHECK, name, message);
     }
-    if let Some((folder, error)) = unreadable_folder(pattern) {
+    if let Some((folder, error)) = found.unreadable.first() {
+        let folder = escape_path(folder);
         let message = format!("{folder} cannot be listed: {error}; let the service's user read it");
         return report.fail(CHECK, name, message);
     }
@@ -111,17 +113,6 @@ fn files(report: &mut Report, source: &SourceConfig, pattern: &str) -> io::Resul
         1 => report.ok(CHECK, name, "1 file, readable"),
         count => report.ok(CHECK, name, format!("{count} files, readable")),
     }
-}
-
-/// The folder above the pattern's first wildcard, where it is there and cannot be listed.
-fn unreadable_folder(pattern: &str) -> Option<(String, io::Error)> {
-    let path = Path::new(pattern);
-    let folder = path.ancestors().skip(1).find(|part| !has_wildcard(&part.to_string_lossy()))?;
-    let error = match fs::read_dir(folder) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => error,
-        _ => return None,
-    };
-    Some((escape_path(folder), error))
 }
 
 /// A Unix socket that the service binds, or that is bound already.

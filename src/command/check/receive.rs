@@ -25,7 +25,7 @@ pub(super) async fn check(
     if let Some(tls) = &config.tls {
         local::certificate(report, "tls", None, tls)?;
     }
-    tokens(report, &config.tokens)?;
+    tokens(report, &config.tokens, "sender")?;
     for sender in &config.dials {
         let message = "not dialled: that would take over from a receiver that runs";
         report.skip("sender", Some(&sender.endpoint.url), message)?;
@@ -41,7 +41,7 @@ pub(super) async fn check(
     Ok(())
 }
 
-pub(super) fn tokens(report: &mut Report, file: &Path) -> io::Result<()> {
+pub(super) fn tokens(report: &mut Report, file: &Path, who: &str) -> io::Result<()> {
     const CHECK: &str = "tokens";
     let tokens = match Tokens::load(file) {
         Ok(tokens) => tokens,
@@ -66,7 +66,7 @@ pub(super) fn tokens(report: &mut Report, file: &Path) -> io::Result<()> {
             let message = format!("nobody may enter: waybill token NAME --tokens {path}");
             report.fail(CHECK, None, message)
         }
-        1 => report.ok(CHECK, None, "1 may enter"),
-        valid => report.ok(CHECK, None, format!("{valid} may enter")),
+        1 => report.ok(CHECK, None, format!("1 {who} may enter")),
+        valid => report.ok(CHECK, None, format!("{valid} {who}s may enter")),
     }
 }

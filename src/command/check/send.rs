@@ -30,7 +30,7 @@ pub(super) async fn check(
             if let Some(tls) = &listening.tls {
                 local::certificate(report, "tls", None, tls)?;
             }
-            receive::tokens(report, &listening.tokens)?;
+            receive::tokens(report, &listening.tokens, "receiver")?;
         }
     }
     Ok(())

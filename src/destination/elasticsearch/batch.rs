@@ -115,9 +115,15 @@ impl Stretch {
         self.answer_counted(lines, verdict);
     }
 
-    /// Sends all of it back to its sender.
+    /// Sends all of it back to its sender, since there is no room or no answer for now.
     pub(super) fn defer(&self, reason: &str, after: Duration) {
-        self.answer(Verdict::Deferred { reason: reason.to_owned(), after });
+        self.answer(Verdict::Deferred { reason: reason.to_owned(), after, index: None });
+    }
+
+    /// Sends all of it back to its sender, since this index refuses it.
+    pub(super) fn defer_for(&self, index: &Target, reason: &str, after: Duration) {
+        let index = Some(index.name.to_string());
+        self.answer(Verdict::Deferred { reason: reason.to_owned(), after, index });
     }
 
     fn answer_counted(&self, lines: u64, verdict: Verdict) {
@@ -341,9 +347,14 @@ impl Sent {
                 Fate::Skipped => sorter.close(entry, Verdict::Skipped),
                 Fate::Again(attempt, pause) => sorter.keep(entry, Next::Again(attempt, pause)),
                 Fate::Park(reason) => sorter.keep(entry, Next::Park(reason)),
-                Fate::IndexTrouble(ref reason) | Fate::Deferred(ref reason) => {
+                Fate::IndexTrouble(ref reason)
+                | Fate::Deferred(ref reason)
+                | Fate::Busy(ref reason) => {
                     let after = judge.delay(part, &fate);
-                    sorter.close(entry, Verdict::Deferred { reason: reason.to_string(), after });
+                    let waits = matches!(fate, Fate::Busy(_));
+                    let index = (!waits).then(|| part.stretch.target.name.to_string());
+                    let reason = reason.to_string();
+                    sorter.close(entry, Verdict::Deferred { reason, after, index });
                 }
             }
             from = entry.to;

@@ -232,14 +232,19 @@ impl Client {
         self.bases.len()
     }
 
-    /// One bulk request to the current URL. `reply` is cleared, then holds the answer's body.
+    /// Number of the URL whose turn it is.
+    pub(super) fn current(&self) -> usize {
+        self.current.load(Ordering::Relaxed)
+    }
+
+    /// One bulk request to this URL. `reply` is cleared, then holds the answer's body.
     pub(super) async fn bulk(
         &self,
+        node: usize,
         body: Bytes,
         reply: &mut Vec<u8>,
         reply_bytes_max: usize,
     ) -> Result<u16, RequestError> {
-        let node = self.current.load(Ordering::Relaxed);
         let request = self
             .request(node, Method::POST, BULK_PATH)
             .header(CONTENT_TYPE, "application/x-ndjson")
@@ -248,10 +253,11 @@ impl Client {
         self.exchange(node, request, reply, reply_bytes_max).await
     }
 
-    /// The next URL takes over, unless another request has seen to that already.
-    pub(super) fn fail_over(&self) {
-        let node = self.current.load(Ordering::Relaxed);
-        self.move_on(node);
+    /// The URL after this one takes over, unless another request has seen to that already.
+    pub(super) fn fail_over(&self, from: usize) {
+        let next = (from + 1) % self.bases.len();
+        // Lost races are fine: whoever won moved on from the same URL.
+        let _ = self.current.compare_exchange(from, next, Ordering::Relaxed, Ordering::Relaxed);
     }
 
     /// Reads the secret's file again: it may have been rotated. A file that is gone or bad leaves
@@ -274,11 +280,11 @@ impl Client {
     ) -> Result<Value, RequestError> {
         let mut attempts = self.nodes();
         loop {
-            let node = self.current.load(Ordering::Relaxed);
+            let node = self.current();
             attempts -= 1;
             match self.json_at(node, method.clone(), path, body).await {
                 Err(error) if error.is_of_the_node() => {
-                    self.move_on(node);
+                    self.fail_over(node);
                     if attempts == 0 {
                         return Err(error);
                     }
@@ -356,12 +362,6 @@ impl Client {
         } else {
             RequestError::Unknown { url, reason }
         }
-    }
-
-    fn move_on(&self, from: usize) {
-        let next = (from + 1) % self.bases.len();
-        // Lost races are fine: whoever won moved on from the same node.
-        let _ = self.current.compare_exchange(from, next, Ordering::Relaxed, Ordering::Relaxed);
     }
 }
 

@@ -10,7 +10,7 @@ use crate::config::ElasticsearchConfig;
 use crate::record::IndexRule;
 
 use super::client::{Client, ConfigureError, RequestError};
-use super::template::{DEAD_LETTER_TEMPLATE, LINES_TEMPLATE, VERSION};
+use super::template::{VERSION, template_names};
 
 /// What writing needs, on the indices and on the dead letter.
 const PRIVILEGES: [&str; 2] = ["create_doc", "auto_configure"];
@@ -136,12 +136,10 @@ impl Cluster {
     }
 
     /// The templates of lines and of the dead letter, by name.
-    pub async fn templates(&self) -> Result<Vec<(&'static str, Template)>, RequestError> {
+    pub async fn templates(&self) -> Result<Vec<(String, Template)>, RequestError> {
         let mut found = Vec::new();
-        for (name, wanted) in [
-            (LINES_TEMPLATE, self.rule.wildcard()),
-            (DEAD_LETTER_TEMPLATE, self.dead_letter_index.clone()),
-        ] {
+        let patterns = [self.rule.wildcard(), self.dead_letter_index.clone()];
+        for (name, wanted) in template_names(&patterns[0], &patterns[1]).into_iter().zip(patterns) {
             let path = format!("/_index_template/{name}");
             let template = match self.client.json(Method::GET, &path, None).await {
                 Ok(answer) => template(&answer, wanted),

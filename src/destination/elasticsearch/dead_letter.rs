@@ -76,7 +76,7 @@ impl DeadLetter {
     ) -> Result<(), Stopped> {
         if let Some((reason, after)) = self.target.trouble(Instant::now()) {
             for parking in parkings {
-                defer(&parking, &reason, after);
+                self.refuse(&parking, &reason, after);
             }
             return Ok(());
         }
@@ -85,7 +85,7 @@ impl DeadLetter {
             && let Err(reason) = self.target.flush(&shared.exchange.client, since).await
         {
             for parking in parkings {
-                defer(&parking, &reason, DEFER);
+                parking.stretch.defer(&join(&parking, &reason), DEFER);
             }
             return Ok(());
         }
@@ -135,6 +135,11 @@ impl DeadLetter {
         }
     }
 
+    /// Neither its own index nor this one takes the line.
+    fn refuse(&self, parking: &Parking, why: &str, after: Duration) {
+        parking.stretch.defer_for(&self.target, &join(parking, why), after);
+    }
+
     fn settle(
         &self,
         shared: &Shared,
@@ -151,11 +156,16 @@ impl DeadLetter {
                 failure => {
                     let reason = format!("dead letter not written: {}", describe(failure));
                     tracing::warn!(index = %self.target.name, %reason, "line sent back");
-                    let after = match failure {
-                        Answer::Index(reason) => self.target.set_trouble(reason, Instant::now()),
-                        _ => DEFER,
+                    return match failure {
+                        Answer::Index(why) => {
+                            let after = self.target.set_trouble(why, Instant::now());
+                            self.refuse(&parking, &reason, after)
+                        }
+                        Answer::Busy(_) | Answer::Unavailable(_) => {
+                            parking.stretch.defer(&join(&parking, &reason), DEFER)
+                        }
+                        _ => self.refuse(&parking, &reason, DEFER),
                     };
-                    return defer(&parking, &reason, after);
                 }
             }
         }
@@ -175,8 +185,9 @@ impl DeadLetter {
     }
 }
 
-fn defer(parking: &Parking, why: &str, after: Duration) {
-    parking.stretch.defer(&format!("{}; {why}", parking.reason), after);
+/// Why a line is to be parked, and why it cannot be.
+fn join(parking: &Parking, why: &str) -> String {
+    format!("{}; {why}", parking.reason)
 }
 
 fn describe(answer: &Answer) -> String {

@@ -100,6 +100,8 @@ impl Exchange {
             reply,
             retry: Backoff::new(RETRY_MIN / self.haste, RETRY_MAX / self.haste),
             probe: Backoff::new(PROBE_MIN / self.haste, PROBE_MAX / self.haste),
+            node: self.client.current(),
+            failed: 0,
             repeated: false,
             accepted: false,
             refused_alone: 0,
@@ -126,9 +128,11 @@ impl Exchange {
     pub(super) async fn probe(&self) {
         let mut backoff = Backoff::new(PROBE_MIN / self.haste, PROBE_MAX / self.haste);
         let mut reply = Vec::new();
+        let mut failed = 0;
         while *self.health.borrow() != Health::Ready {
-            let empty = bytes::Bytes::new();
-            let reason = match self.client.bulk(empty, &mut reply, reply_bytes_max(0)).await {
+            let (node, empty) = (self.client.current(), bytes::Bytes::new());
+            let limit = reply_bytes_max(0);
+            let reason = match self.client.bulk(node, empty, &mut reply, limit).await {
                 // An empty request is bad, and only who may enter is told so.
                 Ok(200 | 400) => {
                     self.set_health(Health::Ready);
@@ -141,8 +145,8 @@ impl Exchange {
             if *self.health.borrow() == Health::Ready {
                 return;
             }
-            self.client.fail_over();
-            self.set_health(Health::Down { reason });
+            failed += 1;
+            self.fail_over(node, failed, reason);
             if self.pause(backoff.delay()).await.is_err() {
                 return;
             }
@@ -155,6 +159,16 @@ impl Exchange {
             biased;
             () = self.shutdown.cancelled() => Err(Stopped),
             () = tokio::time::sleep(delay) => Ok(()),
+        }
+    }
+
+    /// The next URL takes over. Once all of them have failed in a row, Elasticsearch is down.
+    fn fail_over(&self, node: usize, failed: usize, reason: String) {
+        self.client.fail_over(node);
+        if failed < self.client.nodes() {
+            tracing::warn!(%reason, "one URL of Elasticsearch takes no documents: trying the next");
+        } else {
+            self.set_health(Health::Down { reason });
         }
     }
 
@@ -196,6 +210,10 @@ struct Sending<'a> {
     reply: &'a mut Vec<u8>,
     retry: Backoff,
     probe: Backoff,
+    /// The URL that was asked last.
+    node: usize,
+    /// Attempts in a row that brought no answer of Elasticsearch.
+    failed: usize,
     repeated: bool,
     /// A request of this body was answered item by item.
     accepted: bool,
@@ -210,6 +228,7 @@ impl Sending<'_> {
             match self.once(range.clone()).await {
                 Attempted::Answered(answers) => {
                     self.accepted = true;
+                    self.failed = 0;
                     self.exchange.set_health(Health::Ready);
                     return Ok(Part::Answered(answers));
                 }
@@ -219,10 +238,9 @@ impl Sending<'_> {
                 }
                 Attempted::Bad(reason) => return Ok(self.halve(range, reason)),
                 Attempted::Forbidden(reason) => {
-                    self.exchange.set_health(Health::Down { reason });
+                    self.fail_over(reason);
                     self.exchange.pause(self.probe.delay()).await?;
                     self.exchange.client.reload_secret();
-                    self.exchange.client.fail_over();
                 }
                 Attempted::Nothing(reason) => self.wait(reason).await?,
                 Attempted::Away(reason) => {
@@ -248,7 +266,9 @@ impl Sending<'_> {
     async fn once(&mut self, range: Range<usize>) -> Attempted {
         let limit = reply_bytes_max(range.len());
         let bytes = self.body.slice(range.clone());
-        let status = match self.exchange.client.bulk(bytes, self.reply, limit).await {
+        let client = &self.exchange.client;
+        self.node = client.current();
+        let status = match client.bulk(self.node, bytes, self.reply, limit).await {
             Ok(status) => status,
             Err(error @ RequestError::Connect { .. }) => {
                 return Attempted::Nothing(error.to_string());
@@ -279,10 +299,14 @@ impl Sending<'_> {
 
     /// The next node at once, and a pause after all were tried.
     async fn wait(&mut self, reason: String) -> Result<(), Stopped> {
-        self.exchange.set_health(Health::Down { reason });
-        self.exchange.client.fail_over();
+        self.fail_over(reason);
         let delay = self.retry.delay() / u32::try_from(self.exchange.client.nodes()).unwrap_or(1);
         self.exchange.pause(delay).await
+    }
+
+    fn fail_over(&mut self, reason: String) {
+        self.failed += 1;
+        self.exchange.fail_over(self.node, self.failed, reason);
     }
 
     fn halve(&mut self, range: Range<usize>, reason: String) -> Part {

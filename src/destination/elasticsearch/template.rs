@@ -7,23 +7,24 @@ use reqwest::Method;
 use serde_json::{Value, json};
 use thiserror::Error;
 
-use crate::config::ElasticsearchConfig;
+use crate::config::{DEAD_LETTER_INDEX, ElasticsearchConfig};
 use crate::record::IndexRule;
 
 use super::client::{Client, ConfigureError, RequestError};
 
-/// Name of the template for lines.
-pub(super) const LINES_TEMPLATE: &str = "waybill";
+/// Name of the template for lines under the default rule, and how the others begin.
+const LINES_TEMPLATE: &str = "waybill";
 
-/// Name of the template for the dead letter.
-pub(super) const DEAD_LETTER_TEMPLATE: &str = "waybill-dead-letter";
-
-/// Version of both templates, to be raised with each change: `waybill check` compares it with what
+/// Version of all templates, to be raised with each change: `waybill check` compares it with what
 /// the cluster has.
 pub(super) const VERSION: u64 = 1;
 
-/// Above Elastic's built-in templates (100), and room for a user's own above ours.
-const PRIORITY: u32 = 200;
+/// Name of the template for the default dead letter, and how the others begin.
+const DEAD_LETTER_TEMPLATE: &str = "waybill-dead-letter";
+
+/// Above Elastic's built-in templates (100); a user's own from 500 on is above ours, since index
+/// names have at most 255 bytes.
+const PRIORITY: usize = 200;
 
 /// The longest string under `json.*` that can be searched, in characters.
 const KEYWORD_CHARACTERS_MAX: u32 = 1024;
@@ -56,25 +57,44 @@ pub enum SetupError {
 }
 
 /// All that `setup` does, in order: both templates, then the dead-letter index.
-pub fn setup_requests(config: &ElasticsearchConfig, rule: &IndexRule) -> Vec<SetupRequest> {
-    let dead_letter = &config.dead_letter_index;
+pub fn setup_requests(rule: &IndexRule, dead_letter: &str) -> Vec<SetupRequest> {
+    let wildcard = rule.wildcard();
+    let [lines, letters] = template_names(&wildcard, dead_letter);
     vec![
         SetupRequest {
-            path: format!("/_index_template/{DEAD_LETTER_TEMPLATE}"),
+            path: format!("/_index_template/{letters}"),
             body: dead_letter_template(dead_letter),
         },
-        SetupRequest {
-            path: format!("/_index_template/{LINES_TEMPLATE}"),
-            body: lines_template(&rule.wildcard()),
-        },
+        SetupRequest { path: format!("/_index_template/{lines}"), body: lines_template(&wildcard) },
         SetupRequest { path: format!("/{dead_letter}"), body: json!({}) },
     ]
 }
 
+/// Names of the templates for lines and for the dead letter.
+pub(super) fn template_names(wildcard: &str, dead_letter: &str) -> [String; 2] {
+    let lines = template_name(LINES_TEMPLATE, wildcard, &IndexRule::default().wildcard());
+    [lines, template_name(DEAD_LETTER_TEMPLATE, dead_letter, DEAD_LETTER_INDEX)]
+}
+
+/// A template's name tells which indices it is for, so that one for others does not replace it:
+/// `web-*` has `waybill-web-~`. A template's name may not have a `*`.
+fn template_name(base: &str, pattern: &str, default: &str) -> String {
+    match pattern == default {
+        true => base.to_owned(),
+        false => format!("{base}-{}", pattern.replace('*', "~")),
+    }
+}
+
+/// Where two patterns cover an index, the one that says more of its name goes first. (Elasticsearch
+/// refuses overlapping templates of the same priority.)
+fn priority(pattern: &str) -> usize {
+    PRIORITY + pattern.bytes().filter(|byte| *byte != b'*').count()
+}
+
 /// The same as text for a console: `PUT /path`, then the body.
-pub fn render(config: &ElasticsearchConfig, rule: &IndexRule) -> String {
+pub fn render(rule: &IndexRule, dead_letter: &str) -> String {
     let mut text = String::new();
-    for request in setup_requests(config, rule) {
+    for request in setup_requests(rule, dead_letter) {
         // The alternate form of a JSON value is the indented one.
         text.push_str(&format!("PUT {}\n{:#}\n\n", request.path, request.body));
     }
@@ -87,7 +107,7 @@ pub fn render(config: &ElasticsearchConfig, rule: &IndexRule) -> String {
 /// changes nothing. Indices that exist keep their mapping.
 pub async fn setup(config: &ElasticsearchConfig, rule: &IndexRule) -> Result<(), SetupError> {
     let client = Client::new(config)?;
-    for request in setup_requests(config, rule) {
+    for request in setup_requests(rule, &config.dead_letter_index) {
         match client.json(Method::PUT, &request.path, Some(&request.body)).await {
             Ok(_) => {}
             Err(error) if is_there_already(&error) => {}
@@ -111,8 +131,8 @@ fn settings() -> Value {
 fn dead_letter_template(index: &str) -> Value {
     json!({
         "index_patterns": [index],
-        // One more, so that it wins where the rule's wildcard covers this name too.
-        "priority": PRIORITY + 1,
+        // One more, so that it wins where a rule's wildcard covers this name too.
+        "priority": priority(index) + 1,
         "version": VERSION,
         "template": {
             "settings": settings(),
@@ -133,7 +153,7 @@ fn dead_letter_template(index: &str) -> Value {
 fn lines_template(wildcard: &str) -> Value {
     json!({
         "index_patterns": [wildcard],
-        "priority": PRIORITY,
+        "priority": priority(wildcard),
         "version": VERSION,
         "template": {
             "settings": settings(),
@@ -258,24 +278,14 @@ fn properties() -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::ElasticsearchAuth;
 
-    fn config() -> ElasticsearchConfig {
-        ElasticsearchConfig {
-            urls: vec!["http://127.0.0.1:9200".to_owned()],
-            auth: ElasticsearchAuth::None,
-            ca: None,
-            batch_bytes_max: 5 << 20,
-            requests: 2,
-            dead_letter_index: "waybill-dead-letter".to_owned(),
-        }
-    }
+    const DEAD_LETTER: &str = "waybill-dead-letter";
 
     #[test]
     fn what_is_printed_is_what_is_put() {
         let rule = IndexRule::parse("web-{yyyy.MM.dd}").expect("a rule");
-        let text = render(&config(), &rule);
-        for request in setup_requests(&config(), &rule) {
+        let text = render(&rule, DEAD_LETTER);
+        for request in setup_requests(&rule, DEAD_LETTER) {
             let after = text.split(&format!("PUT {}\n", request.path)).nth(1).expect("printed");
             let body = after.split("\n\n").next().expect("a body");
             assert_eq!(serde_json::from_str::<Value>(body).expect("JSON"), request.body);
@@ -284,11 +294,27 @@ mod tests {
     }
 
     #[test]
+    fn the_name_of_a_template_tells_its_indices() {
+        let name = |rule: &str| {
+            let rule = IndexRule::parse(rule).expect("a rule");
+            setup_requests(&rule, DEAD_LETTER)[1].path.clone()
+        };
+        assert_eq!(name(crate::record::DEFAULT_RULE), "/_index_template/waybill");
+        assert_eq!(name("web-{yyyy.MM.dd}"), "/_index_template/waybill-web-~");
+        assert_eq!(name("web-{type}-{yyyy.MM}"), "/_index_template/waybill-web-~-~");
+        assert_eq!(name("{type}-prod"), "/_index_template/waybill-~-prod");
+        assert_eq!(name("web"), "/_index_template/waybill-web");
+    }
+
+    #[test]
     fn the_dead_letter_wins_over_a_wildcard_that_covers_it() {
-        let requests =
-            setup_requests(&config(), &IndexRule::parse("waybill-{type}").expect("rule"));
-        let priority = |number: usize| requests[number].body["priority"].as_u64();
-        assert!(priority(0) > priority(1));
+        let mut requests = Vec::new();
+        for rule in ["waybill-{type}", "waybill-dead-letter{type}"] {
+            let parsed = IndexRule::parse(rule).expect("a rule");
+            requests = setup_requests(&parsed, DEAD_LETTER);
+            let priority = |number: usize| requests[number].body["priority"].as_u64();
+            assert!(priority(0) > priority(1), "{rule}");
+        }
         let indexed = &requests[0].body["template"]["mappings"];
         assert_eq!(indexed["dynamic"], false);
         let mut fields: Vec<_> =

@@ -50,10 +50,12 @@ pub(super) enum Fate {
     Again(Attempt, Pause),
     /// Belongs into the dead letter.
     Park(Arc<str>),
-    /// Its index takes nothing for now.
+    /// Back to the sender: its index takes nothing for now.
     IndexTrouble(Arc<str>),
-    /// Back to the sender; the index may take other lines.
+    /// Back to the sender: its index refuses this line, and may take others.
     Deferred(Arc<str>),
+    /// Back to the sender: there is too much to do for now.
+    Busy(Arc<str>),
 }
 
 /// When a line is tried again.
@@ -92,7 +94,7 @@ pub(super) fn fate(answer: &Answer, attempt: Attempt, target: &View, at: Circums
             _ => Fate::Again(Attempt { conflict: Some(at.now), ..attempt }, Pause::Conflict),
         },
         Answer::Busy(reason) | Answer::Unavailable(reason) => match attempt.busy + 1 {
-            BUSY_MAX.. => Fate::Deferred(Arc::clone(reason)),
+            BUSY_MAX.. => Fate::Busy(Arc::clone(reason)),
             busy => Fate::Again(Attempt { busy, ..attempt }, Pause::Backoff),
         },
         Answer::Broken(reason) => match attempt.failures + 1 {
@@ -193,7 +195,7 @@ mod tests {
                 };
                 attempt = next;
             }
-            assert_eq!(decide(&answer, attempt), Fate::Deferred(why()));
+            assert_eq!(decide(&answer, attempt), Fate::Busy(why()));
         }
     }
 

@@ -146,13 +146,13 @@ impl Worker {
         let shared = &self.shared;
         let target = Arc::clone(&stretch.target);
         if let Some((reason, after)) = target.trouble(Instant::now()) {
-            return stretch.defer(&reason, after);
+            return stretch.defer_for(&target, &reason, after);
         }
         if target.wants_check(Instant::now()) {
             target.check(&shared.exchange.client).await;
             if let Kind::Refused(reason) = target.view().kind {
                 let after = target.set_trouble(&reason, Instant::now());
-                return stretch.defer(&reason, after);
+                return stretch.defer_for(&target, &reason, after);
             }
         }
         if let Some(since) = stretch.attempt.conflict

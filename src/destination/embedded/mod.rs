@@ -221,7 +221,8 @@ impl Store {
             let records = frame.segment.row.framing;
             let lines = records.records(&frame.records, frame.offset, frame.continues).count();
             let to = frame.offset + frame.records.len() as u64;
-            let verdict = Verdict::Deferred { reason: reason.clone(), after: RETRY_AFTER };
+            let verdict =
+                Verdict::Deferred { reason: reason.clone(), after: RETRY_AFTER, index: None };
             frame.reply.send_one(frame.offset, to, lines as u64, verdict);
         }
     }

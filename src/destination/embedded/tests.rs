@@ -195,7 +195,7 @@ fn a_full_disk_defers_whole_frames_and_passes() {
     let to = 6 + lines.len() as u64;
     let receipt = peer.write(&mut store, 6, lines.clone());
     assert_eq!((receipt.from, receipt.to, receipt.runs.len()), (6, to, 1));
-    let Run { lines: deferred, verdict: Verdict::Deferred { reason, after }, .. } =
+    let Run { lines: deferred, verdict: Verdict::Deferred { reason, after, index: None }, .. } =
         &receipt.runs[0]
     else {
         panic!("{receipt:?}")

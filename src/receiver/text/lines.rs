@@ -279,7 +279,7 @@ impl Waiting {
             Outcome::Verdict(Verdict::Already) => ("already", None, None),
             Outcome::Verdict(Verdict::Skipped) => ("skipped", None, None),
             Outcome::Verdict(Verdict::Parked { reason }) => ("parked", Some(reason), None),
-            Outcome::Verdict(Verdict::Deferred { reason, after }) => {
+            Outcome::Verdict(Verdict::Deferred { reason, after, .. }) => {
                 ("deferred", Some(reason), Some(*after))
             }
         };

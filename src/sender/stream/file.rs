@@ -35,12 +35,21 @@ impl Stream {
     pub(super) async fn look_at_file(&mut self) -> io::Result<Option<End>> {
         let newest = self.segments.back().expect("a stream has a segment");
         let (frontier, row_day) = (newest.window.frontier(), newest.entry.row.day);
+        let before = newest.before.clone();
         let Some(Origin::File(file)) = self.origin.as_deref_mut() else { return Ok(None) };
+        if file.tail.is_compressed() {
+            return Ok(None);
+        }
         let size = file.tail.size()?;
-        if size < frontier {
+        // A file only shrinks when it is truncated, whatever it holds now.
+        if size < frontier.max(self.size_seen.unwrap_or(0)) {
             return Ok(Some(End::Lost));
         }
-        if !file.tail.is_compressed() && file.tail.day()? > row_day && size > frontier {
+        // What is seen of another file must not count as this one's.
+        if !file.agrees(frontier, frontier, &before)? {
+            return Ok(Some(End::Lost));
+        }
+        if file.tail.day()? > row_day && size > frontier {
             // What was there when the day was still the row's belongs to the row.
             let until = self.size_seen.unwrap_or(size).clamp(frontier, size);
             let boundary = file.tail.last_boundary(frontier, until)?;
@@ -53,6 +62,7 @@ impl Stream {
         if self.flags.moved.load(Ordering::Relaxed) {
             self.keep(size)?;
         }
+        self.note_progress();
         Ok(None)
     }
 
@@ -101,7 +111,7 @@ impl Stream {
     }
 
     /// Whether the last line will not get its newline any more.
-    pub(super) async fn is_finished(&self) -> bool {
+    pub(super) fn is_finished(&self) -> bool {
         if self.context.config.once {
             return true;
         }

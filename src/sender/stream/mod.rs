@@ -9,11 +9,12 @@ mod wire;
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::Arc;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use tracing::warn;
+use tracing::{error, warn};
 use uuid::Uuid;
 
 use super::Context;
@@ -25,8 +26,8 @@ use super::window::{Next, Window};
 use crate::protocol::FRAME_BYTES_TARGET;
 use crate::record::{SegmentId, escape_path};
 use crate::source::files::fingerprint::prefix;
-use crate::source::files::tail::Tail;
-use crate::state::{Entry, Place, Progress};
+use crate::source::files::tail::{Inode, Tail};
+use crate::state::{Entry, Place, Progress, Stamp};
 
 /// A file that was renamed and succeeded, and has not changed for so long, is finished: its last
 /// line will not get its newline any more.
@@ -53,6 +54,18 @@ pub struct Flags {
     pub moved: AtomicBool,
     /// Another file has taken its place, or its name is a rotated one.
     pub succeeded: AtomicBool,
+    path: Mutex<Option<String>>,
+}
+
+impl Flags {
+    /// The file has this name now.
+    pub fn renamed(&self, path: &Path) {
+        *self.path.lock().unwrap_or_else(PoisonError::into_inner) = Some(escape_path(path));
+    }
+
+    fn take_path(&self) -> Option<String> {
+        self.path.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
 }
 
 /// How a stream ended.
@@ -83,8 +96,8 @@ pub struct Ended {
     pub position: u64,
     /// How far bytes were seen.
     pub seen: u64,
-    /// Size and time of the last change of its file.
-    pub stamp: Option<(u64, (i64, i64))>,
+    /// What its file looked like when it rested.
+    pub stamp: Option<Stamp>,
 }
 
 /// See the module.
@@ -107,10 +120,24 @@ pub struct Stream {
     ready: bool,
     /// The file's size when it was last looked at on the newest row's day.
     size_seen: Option<u64>,
+    /// When the file changed last, as far as it was seen.
     changed_at: Instant,
+    /// The last read met a last line without its newline, which waits.
+    unfinished: bool,
     /// A disk operation failed: not before this instant again.
     retry_at: Option<Instant>,
     failed: bool,
+    /// An index refuses lines, and since then nothing else came through.
+    refusal: Option<Refusal>,
+}
+
+/// Lines that go back and forth because their index refuses them.
+struct Refusal {
+    index: String,
+    reason: String,
+    /// The first time, and the latest.
+    since: Instant,
+    until: Instant,
 }
 
 struct Segment {
@@ -185,19 +212,30 @@ impl Stream {
     pub async fn run(mut self) -> Ended {
         let end = self.run_to_end().await;
         self.note_progress();
+        let stamp = match self.origin.as_deref() {
+            // It is left alone until it changes.
+            Some(Origin::File(file)) if end == End::Failed => file.tail.stamp().ok(),
+            _ => self.rest_stamp(),
+        };
         let front = self.segments.front();
         let position = front.map_or(0, |segment| segment.window.position());
         let frontier = self.segments.back().map_or(0, |segment| segment.window.frontier());
         let path = front.map(|segment| segment.entry.row.path.clone()).unwrap_or_default();
-        let stamp = match self.origin.as_deref() {
-            Some(Origin::File(file)) => file.tail.stamp().ok(),
-            _ => None,
-        };
         if end == End::Done {
             self.forget().await;
         }
         let seen = frontier.max(self.size_seen.unwrap_or(0));
         Ended { run: self.run, end, path, position, seen, stamp }
+    }
+
+    /// What the file looks like, if all that it holds by now is receipted.
+    fn rest_stamp(&self) -> Option<Stamp> {
+        let Some(Origin::File(file)) = self.origin.as_deref() else { return None };
+        let stamp = file.tail.stamp().ok()?;
+        let size = if file.tail.is_compressed() { file.tail.size().ok()? } else { stamp.size };
+        let window = &self.segments.back()?.window;
+        let is_whole = self.segments.len() == 1 && window.position() == size;
+        is_whole.then_some(stamp)
     }
 
     async fn run_to_end(&mut self) -> End {
@@ -284,6 +322,8 @@ impl Stream {
             if self.leaves && !self.in_flight() {
                 return None;
             }
+            // Time alone can have finished the file.
+            self.ready |= self.unfinished && self.is_finished();
             match self.next_work() {
                 Work::Send { number, next } => match self.send(link, number, next).await {
                     Step::Goes => {}
@@ -291,6 +331,9 @@ impl Stream {
                     Step::Ends(end) => return Some(end),
                 },
                 Work::Wait(until) => {
+                    if let Some(end) = self.gives_up(link) {
+                        return Some(end);
+                    }
                     let due = async {
                         match until {
                             Some(until) => tokio::time::sleep_until(until.into()).await,
@@ -352,7 +395,6 @@ impl Stream {
                 return Work::Send { number, next };
             }
         }
-        // Time alone can make a file finished.
         if !self.ready && self.flags.succeeded.load(Ordering::Relaxed) {
             sooner(Some(self.changed_at + FINISHED_AFTER).filter(|at| *at > now));
             sooner(Some(self.changed_at + LET_GO_AFTER).filter(|at| *at > now));
@@ -367,11 +409,23 @@ impl Stream {
             Some(Origin::File(file)) => Some(prefix(file.first())),
             _ => None,
         };
+        let path = self.flags.take_path();
+        let size = self.size_seen;
+        let rest = self.rest_stamp();
         for segment in &mut self.segments {
             let anchor = segment.window.take_anchor();
             let longer = first.as_ref().filter(|f| f.length > segment.progress.prefix.length);
-            if anchor.is_none() && longer.is_none() {
+            let grown = size.filter(|size| *size != segment.progress.size);
+            let is_same = anchor.is_none() && longer.is_none() && grown.is_none();
+            if is_same && path.is_none() && rest == segment.progress.rest {
                 continue;
+            }
+            segment.progress.rest = rest;
+            if let Some(path) = &path {
+                segment.progress.place.path.clone_from(path);
+            }
+            if let Some(size) = grown {
+                segment.progress.size = size;
             }
             if let Some(anchor) = anchor {
                 segment.progress.advance(anchor);
@@ -418,14 +472,38 @@ impl Stream {
                 if gone && unchanged >= FINISHED_AFTER {
                     return Some(End::Done);
                 }
+                // Nobody would come back for a last line that waits for its file to be renamed.
+                let idle = unchanged >= REST_AFTER && !self.unfinished;
                 let rests = once
                     || file.tail.is_compressed()
                     || (succeeded && unchanged >= LET_GO_AFTER)
-                    || unchanged >= REST_AFTER;
+                    || idle;
                 rests.then_some(if gone { End::Done } else { End::Rests })
             }
             None => None,
         }
+    }
+
+    /// With `--once`: whether all that is left waits for an index that refuses it, and has for
+    /// longer than a script should wait for a person. Judged where there is nothing to send now.
+    fn gives_up(&self, link: &Link) -> Option<End> {
+        let Refusal { index, reason, since, until } = self.refusal.as_ref()?;
+        let config = &self.context.config;
+        let settled = |segment: &Segment| {
+            segment.refused || segment.window.is_idle() || segment.window.is_deferred()
+        };
+        if !config.once
+            || self.is_stopping()
+            || !link.takes_more()
+            || until.duration_since(*since) < config.once_timeout
+            || !self.segments.iter().all(settled)
+        {
+            return None;
+        }
+        let front = self.segments.front()?;
+        error!(path = %front.entry.row.path, position = front.window.position(), %index, ?reason,
+            "gave up: the index refuses lines; mend it, and the next run sends them again");
+        Some(End::Failed)
     }
 }
 
@@ -442,7 +520,8 @@ enum Step {
 
 /// Where a file is now.
 pub fn place(tail: &Tail) -> Place {
-    Place { path: escape_path(tail.path()), device: tail.inode().device, inode: tail.inode().inode }
+    let Inode { device, inode } = tail.inode();
+    Place { path: escape_path(tail.path()), device, inode, born: tail.born() }
 }
 
 /// Takes a file that was recognised.

@@ -5,11 +5,11 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use tracing::{debug, info, warn};
 
-use super::{Parts, Segment, Stream, place};
+use super::{FINISHED_AFTER, Parts, Segment, Stream, place};
 use crate::record::{Day, Framing, SegmentId, escape_path};
 use crate::sender::link::Link;
 use crate::sender::origin::{Origin, fingerprint_or_short};
@@ -38,6 +38,7 @@ impl Stream {
             }
             if let Origin::File(file) = &origin {
                 progress.place = place(&file.tail);
+                progress.rest = None;
             }
             if let (Origin::Kept(_), Some(kept)) = (&origin, entry.kept_from) {
                 // The copy lacks what was receipted when it was made, whatever was saved since.
@@ -58,9 +59,11 @@ impl Stream {
             }
             segments.push_back(Segment::new(entry, progress, &mut origin)?);
         }
-        let size_seen = match &origin {
-            Origin::File(file) if !file.tail.is_compressed() => Some(file.tail.size()?),
-            _ => None,
+        let (size_seen, changed_at) = match &origin {
+            Origin::File(file) if !file.tail.is_compressed() => {
+                (Some(file.tail.size()?), instant_of_change(file.tail.modified()?))
+            }
+            _ => (None, Instant::now()),
         };
         let mut stream = Stream {
             context,
@@ -75,16 +78,21 @@ impl Stream {
             leaves: false,
             ready: true,
             size_seen,
-            changed_at: Instant::now(),
+            changed_at,
+            unfinished: false,
             retry_at: None,
             failed: false,
+            refusal: None,
         };
         changed.retain(|entry| !dropped.contains(&entry.row.segment));
         let newest_is_open =
             stream.segments.back().is_some_and(|segment| segment.window.end().is_none());
         let kept = matches!(stream.origin.as_deref(), Some(Origin::Kept(_)));
         if newest_is_open || (kept && !stream.segments.is_empty()) {
-            stream.context.state.commit(&changed.iter().collect::<Vec<_>>(), &dropped)?;
+            // A file that goes on as it was costs no write.
+            if !changed.is_empty() || !dropped.is_empty() {
+                stream.context.state.commit(&changed.iter().collect::<Vec<_>>(), &dropped)?;
+            }
             stream.follow_configuration()?;
         } else {
             let start = until
@@ -120,9 +128,9 @@ impl Stream {
                 let size = file.tail.size()?;
                 file.tail.last_boundary(frontier, size.max(frontier))
             }
+            // What is there may have been sent under the old row by a process before this one.
             Some(Origin::Spool { spool, segment }) => {
-                let mark = spool.watermark();
-                Ok(if mark.segment == *segment { mark.offset.max(frontier) } else { frontier })
+                Ok(spool.end_of(*segment).unwrap_or(0).max(frontier))
             }
             _ => Ok(frontier),
         }
@@ -185,6 +193,9 @@ impl Stream {
         };
         let entry = self.attributes.open(opening, link.map(|link| &link.welcome));
         let mut progress = Progress::at_start(&entry.row);
+        if let Origin::File(file) = &*origin {
+            progress.place = place(&file.tail);
+        }
         let segment_before = origin.before(start)?;
         if start > 0 && matches!(origin, Origin::File(_)) {
             progress.advance(fingerprint(start, &segment_before));
@@ -324,6 +335,14 @@ fn forget_spooled(
     state.save()?;
     spool.release(segment, u64::MAX)?;
     state.commit(&[], &rows)
+}
+
+/// When a file changed last before it was opened, as far back as its last line needs to know. A
+/// change in the future, by another machine's clock, is now.
+fn instant_of_change(modified: SystemTime) -> Instant {
+    let now = Instant::now();
+    let unchanged = SystemTime::now().duration_since(modified).unwrap_or_default();
+    now.checked_sub(unchanged.min(FINISHED_AFTER)).unwrap_or(now)
 }
 
 /// What recognises an offset of a copy; where the copy lacks its bytes, nothing does.

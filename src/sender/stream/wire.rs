@@ -9,7 +9,7 @@ use tokio::sync::SemaphorePermit;
 use tokio::task::JoinError;
 use tracing::{debug, error, warn};
 
-use super::{DISK_RETRY, End, Step, Stream};
+use super::{DISK_RETRY, End, Refusal, Step, Stream};
 use crate::protocol::{
     Control, FRAME_BYTES_MAX, FRAME_BYTES_TARGET, Open, Receipt, Refused, Verdict,
 };
@@ -177,7 +177,6 @@ impl Stream {
         segment.window.sent_new(framed.to, framed.fingerprint, records, framed.continues);
         segment.before.clone_from(&framed.before);
         segment.want = FRAME_BYTES_TARGET;
-        self.changed_at = Instant::now();
         self.failed = false;
     }
 
@@ -204,7 +203,8 @@ impl Stream {
                 self.ready = false;
             }
             Read::Partial(length) => {
-                let finished = length > 0 && newest && self.is_finished().await;
+                let finished = length > 0 && newest && self.is_finished();
+                self.unfinished = length > 0 && !finished;
                 if finished {
                     if let Err(error) = self.cut(number, from + length).await {
                         warn!(%error, "the state directory cannot be written");
@@ -281,14 +281,24 @@ impl Stream {
         link.credit.add_permits(counted.credit as usize);
         link.frames.add_permits(counted.frames as usize);
         self.context.totals.count(&counted);
+        if counted.lines() > 0 {
+            self.refusal = None;
+        }
         for run in &receipt.runs {
             match &run.verdict {
                 Verdict::Parked { reason } => warn!(
                     path = %segment.entry.row.path, before = run.to, lines = run.lines, ?reason,
                     "parked: the lines lie in the dead letter under their own ids"
                 ),
-                Verdict::Deferred { reason, after } => {
-                    self.context.deferrals.say(&segment.entry.row.path, reason, *after)
+                Verdict::Deferred { reason, after, index } => {
+                    self.context.deferrals.say(&segment.entry.row.path, reason, *after);
+                    // A stale receipt changes nothing.
+                    if let Some(index) = index.as_ref().filter(|_| counted.credit > 0) {
+                        let until = Instant::now();
+                        let since = self.refusal.as_ref().map_or(until, |refusal| refusal.since);
+                        let (index, reason) = (index.clone(), reason.clone());
+                        self.refusal = Some(Refusal { index, reason, since, until });
+                    }
                 }
                 _ => {}
             }

@@ -3,8 +3,11 @@
 //! The sweep alone is enough: an overflowing inotify queue, a file system without it (NFS) or a
 //! folder that appears later costs a second, never a file.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
+use std::ffi::OsString;
+use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -15,22 +18,112 @@ use tracing::debug;
 /// How often patterns are swept without a hint.
 pub const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The paths that a pattern names now, in order. Unreadable folders are passed over: they may
-/// become readable later.
-pub fn sweep(pattern: &str) -> Vec<PathBuf> {
-    let options = glob::MatchOptions {
-        case_sensitive: true,
-        require_literal_separator: true,
-        require_literal_leading_dot: false,
-    };
+/// What a pattern names now.
+#[derive(Debug, Default)]
+pub struct Sweep {
+    /// In order.
+    pub paths: Vec<PathBuf>,
+    /// Folders that cannot be listed, which may become readable later.
+    pub unreadable: Vec<(PathBuf, io::Error)>,
+}
+
+/// Looks for what an absolute pattern names. In names that are not UTF-8, a wildcard matches any
+/// byte.
+pub fn sweep(pattern: &str) -> Sweep {
     if !has_wildcard(pattern) {
-        return vec![PathBuf::from(pattern)];
+        return Sweep { paths: vec![PathBuf::from(pattern)], unreadable: Vec::new() };
     }
-    match glob::glob_with(pattern, options) {
-        Ok(paths) => paths.filter_map(Result::ok).collect(),
-        // The configuration was checked; nothing matches a pattern that is none.
-        Err(_) => Vec::new(),
+    let mut paths = vec![PathBuf::from("/")];
+    let mut unreadable = Vec::new();
+    for part in pattern.split('/').filter(|part| !part.is_empty()) {
+        paths = match part {
+            "**" => folders_below(paths, &mut unreadable),
+            _ if !has_wildcard(part) => paths.iter().map(|path| path.join(part)).collect(),
+            _ => match glob::Pattern::new(part) {
+                Ok(part) => paths
+                    .iter()
+                    .flat_map(|folder| matching(folder, &part, &mut unreadable))
+                    .collect(),
+                // The configuration was checked; nothing matches a pattern that is none.
+                Err(_) => Vec::new(),
+            },
+        };
     }
+    paths.retain(|path| path.symlink_metadata().is_ok());
+    paths.sort();
+    paths.dedup();
+    Sweep { paths, unreadable }
+}
+
+fn matching(
+    folder: &Path,
+    pattern: &glob::Pattern,
+    unreadable: &mut Vec<(PathBuf, io::Error)>,
+) -> Vec<PathBuf> {
+    match list(folder) {
+        Ok(names) => names
+            .into_iter()
+            .filter(|name| pattern.matches(&name.to_string_lossy()))
+            .map(|name| folder.join(name))
+            .collect(),
+        Err(error) => {
+            unreadable.push((folder.to_owned(), error));
+            Vec::new()
+        }
+    }
+}
+
+/// The names in a folder, as far as it can be read.
+pub fn names(folder: &Path) -> Vec<OsString> {
+    list(folder).unwrap_or_else(|error| {
+        debug!(folder = %folder.display(), %error, "not searched");
+        Vec::new()
+    })
+}
+
+/// The names in a folder; none in what is no folder.
+fn list(folder: &Path) -> io::Result<Vec<OsString>> {
+    match fs::read_dir(folder) {
+        Ok(entries) => Ok(entries.flatten().map(|entry| entry.file_name()).collect()),
+        Err(error) => match error.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => Ok(Vec::new()),
+            _ => Err(error),
+        },
+    }
+}
+
+/// These folders and all below them, each once: links may form a circle. What is there is met
+/// before what is linked.
+fn folders_below(
+    folders: Vec<PathBuf>,
+    unreadable: &mut Vec<(PathBuf, io::Error)>,
+) -> Vec<PathBuf> {
+    let mut all = Vec::new();
+    let mut seen = BTreeSet::new();
+    let mut next = VecDeque::from(folders);
+    while let Some(folder) = next.pop_front() {
+        let Ok(metadata) = fs::metadata(&folder) else { continue };
+        if !metadata.is_dir() || !seen.insert((metadata.dev(), metadata.ino())) {
+            continue;
+        }
+        match fs::read_dir(&folder) {
+            Ok(entries) => {
+                for entry in entries.flatten() {
+                    match entry.file_type() {
+                        Ok(kind) if kind.is_dir() => next.push_front(entry.path()),
+                        Ok(kind) if kind.is_symlink() => next.push_back(entry.path()),
+                        _ => {}
+                    }
+                }
+            }
+            Err(error) => {
+                unreadable.push((folder, error));
+                continue;
+            }
+        }
+        all.push(folder);
+    }
+    all
 }
 
 /// Whether a pattern is more than a path.
@@ -84,16 +177,14 @@ impl Hints {
         let mut buffer = [0; 16 << 10];
         let read = async {
             let mut ready = inotify.readable_mut().await?;
-            loop {
-                match ready.get_inner_mut().read_events(&mut buffer) {
-                    Ok(_) => {}
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                        ready.clear_ready();
-                        return io::Result::Ok(());
-                    }
-                    Err(error) => return Err(error),
-                }
+            // One read, and not until nothing is left: a busy writer adds events as fast as they
+            // are read. The rest is the next hint.
+            match ready.get_inner_mut().read_events(&mut buffer) {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready.clear_ready(),
+                Err(error) => return Err(error),
             }
+            io::Result::Ok(())
         };
         if let Err(error) = read.await {
             debug!(%error, "inotify failed: files are polled each second");
@@ -110,7 +201,7 @@ impl Default for Hints {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
+    use std::os::unix::ffi::OsStrExt;
 
     use super::*;
 
@@ -118,11 +209,32 @@ mod tests {
     fn patterns_match_later_files() {
         let dir = tempfile::tempdir().expect("a folder");
         let pattern = format!("{}/**/*.log", dir.path().display());
-        assert!(sweep(&pattern).is_empty());
+        assert!(sweep(&pattern).paths.is_empty());
         fs::create_dir(dir.path().join("sub")).expect("folder");
         fs::write(dir.path().join("sub/a.log"), "x\n").expect("write");
         fs::write(dir.path().join("b.log.1"), "x\n").expect("write");
-        assert_eq!(sweep(&pattern), [dir.path().join("sub/a.log")]);
+        assert_eq!(sweep(&pattern).paths, [dir.path().join("sub/a.log")]);
+    }
+
+    #[test]
+    fn names_that_are_not_utf_8_match() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let odd = dir.path().join(std::ffi::OsStr::from_bytes(b"caf\xe9.log"));
+        fs::write(&odd, "x\n").expect("write");
+        let folder = dir.path().display();
+        assert_eq!(sweep(&format!("{folder}/*.log")).paths, std::slice::from_ref(&odd));
+        assert_eq!(sweep(&format!("{folder}/caf?.log")).paths, [odd]);
+        assert!(sweep(&format!("{folder}/*.txt")).paths.is_empty());
+    }
+
+    #[test]
+    fn links_in_a_circle_end() {
+        let dir = tempfile::tempdir().expect("a folder");
+        fs::create_dir(dir.path().join("sub")).expect("folder");
+        fs::write(dir.path().join("sub/a.log"), "x\n").expect("write");
+        std::os::unix::fs::symlink("..", dir.path().join("sub/up")).expect("link");
+        let found = sweep(&format!("{}/**/a.log", dir.path().display())).paths;
+        assert_eq!(found, [dir.path().join("sub/a.log")]);
     }
 
     #[tokio::test]

@@ -104,7 +104,7 @@ mod tests {
     fn known(text: &[u8], positions: &[usize], inode: u64) -> Progress {
         let mut known = Progress {
             prefix: prefix(text),
-            place: Place { path: String::new(), device: 0, inode },
+            place: Place { inode, ..Place::default() },
             ..Progress::default()
         };
         for &position in positions {

@@ -4,4 +4,5 @@ pub mod discovery;
 pub mod fingerprint;
 pub mod recognition;
 pub mod siblings;
+pub mod survey;
 pub mod tail;

@@ -1,39 +1,39 @@
 //! The names that rotation gives to a file: `NAME.N`, `NAME-DATE`, also compressed.
 
-use std::fs;
-use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-/// Rotated siblings of `path` that exist, in order of name. Nothing is said of their content.
-pub fn siblings(path: &Path) -> io::Result<Vec<PathBuf>> {
-    let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else {
-        return Ok(Vec::new());
-    };
-    let entries = match fs::read_dir(folder) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(error),
-    };
-    let mut found = Vec::new();
-    for entry in entries {
-        let entry = entry?;
-        if is_sibling(name.as_bytes(), entry.file_name().as_bytes()) {
-            found.push(entry.path());
+/// Whether two paths have one name or are siblings; `elsewhere`, whatever their folders are.
+pub fn are_related(a: &Path, b: &Path, elsewhere: bool) -> bool {
+    match (a.file_name(), b.file_name()) {
+        (Some(a_name), Some(b_name)) if elsewhere || a.parent() == b.parent() => {
+            is_of_family(base(a_name.as_bytes()), b_name.as_bytes())
         }
+        _ => false,
     }
-    found.sort();
-    Ok(found)
 }
 
-/// Whether rotation makes `candidate` from `name`, or both from one name (`a.log.1` from `a.log`
-/// becomes `a.log.2.gz`; `a.log` becomes `a-20261121.log` with logrotate's `extension`).
-pub fn is_sibling(name: &[u8], candidate: &[u8]) -> bool {
-    if name == candidate {
-        return false;
-    }
-    let base = base(name);
-    is_rotated(base, candidate) || (candidate == base && name != base)
+/// Whether one path is that of the other's archive: `a.log.1.gz` of `a.log.1`.
+pub fn is_archive_name(archive: &Path, plain: &Path) -> bool {
+    let (archive, plain) = (archive.as_os_str().as_bytes(), plain.as_os_str().as_bytes());
+    archive != plain && strip_compression(archive) == plain
+}
+
+/// Whether the second path has a name that rotation gives to a file of the first one's family.
+pub fn is_rotation(path: &Path, candidate: &Path) -> bool {
+    let plain = path.file_name().map(|name| base(name.as_bytes()));
+    candidate.file_name().map(|name| name.as_bytes()) != plain
+}
+
+/// Whether a path is one that rotation gives.
+pub fn has_rotated_name(path: &Path) -> bool {
+    is_rotated_name(path.as_os_str().as_bytes()).is_some()
+}
+
+/// Whether this is the name before any rotation, or one that rotation makes from it: of `a.log`
+/// both `a.log.1` and `a.log.2.gz`, and `a-20261121.log` with logrotate's `extension`.
+pub fn is_of_family(base: &[u8], candidate: &[u8]) -> bool {
+    candidate == base || is_rotated(base, candidate)
 }
 
 /// The path before any rotation of it, where this one has a rotated name.
@@ -43,7 +43,7 @@ pub fn is_rotated_name(path: &[u8]) -> Option<&[u8]> {
 }
 
 /// The name before any rotation of it.
-fn base(name: &[u8]) -> &[u8] {
+pub fn base(name: &[u8]) -> &[u8] {
     let plain = strip_compression(name);
     for at in (1..plain.len()).rev() {
         if matches!(plain[at], b'.' | b'-') && is_suffix(&plain[at..]) {
@@ -106,7 +106,7 @@ mod tests {
             "app-20261121.log.xz",
             "app.log-1763712000",
         ] {
-            assert!(is_sibling(b"app.log", candidate.as_bytes()), "{candidate}");
+            assert!(is_rotated(b"app.log", candidate.as_bytes()), "{candidate}");
         }
         for candidate in [
             "app.log",
@@ -117,10 +117,15 @@ mod tests {
             "app.log.",
             "app.log-x",
         ] {
-            assert!(!is_sibling(b"app.log", candidate.as_bytes()), "{candidate}");
+            assert!(!is_rotated(b"app.log", candidate.as_bytes()), "{candidate}");
         }
-        assert!(is_sibling(b"app.log.1", b"app.log.2.gz"));
-        assert!(is_sibling(b"app.log.1", b"app.log"));
-        assert!(!is_sibling(b"app.log.1", b"app.log.1"));
+        let related = |a: &str, b: &str| are_related(Path::new(a), Path::new(b), false);
+        assert!(related("/a/app.log.1", "/a/app.log.2.gz"));
+        assert!(related("/a/app.log.1", "/a/app.log"));
+        assert!(related("/a/app.log.1", "/a/app.log.1"));
+        assert!(!related("/a/app.log.1", "/b/app.log.2"));
+        assert!(are_related(Path::new("/a/app.log"), Path::new("/b/app.log.2"), true));
+        assert!(is_archive_name(Path::new("/a/app.log.1.gz"), Path::new("/a/app.log.1")));
+        assert!(!is_archive_name(Path::new("/a/app.log.1"), Path::new("/a/app.log.1")));
     }
 }

@@ -4,7 +4,7 @@ use std::fs::{File, Metadata};
 use std::io::{self, BufReader, Read};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::buffer::spare_capacity;
 use rustix::fs::{Mode, OFlags};
@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use thiserror::Error;
 
 use crate::record::Day;
+use crate::state::Stamp;
 
 /// Why a file is not followed.
 #[derive(Debug, Error)]
@@ -25,9 +26,24 @@ pub enum OpenError {
     /// A folder, socket, device or pipe.
     #[error("is not a regular file")]
     NotRegular,
-    /// Anything else, mostly permissions.
+    /// This process may not read it, or not enter one of its folders.
+    #[error(
+        "user id {uid} may not read it: put that user into its group, or run `setfacl -m \
+         u:{uid}:rX` on it and its folders", uid = rustix::process::geteuid().as_raw()
+    )]
+    Denied,
+    /// Anything else.
     #[error("cannot be read: {0}")]
-    Io(#[from] io::Error),
+    Io(io::Error),
+}
+
+impl From<io::Error> for OpenError {
+    fn from(error: io::Error) -> OpenError {
+        match error.kind() {
+            io::ErrorKind::PermissionDenied => OpenError::Denied,
+            _ => OpenError::Io(error),
+        }
+    }
 }
 
 /// Device and inode: proposes who a file is, and never decides it.
@@ -74,6 +90,7 @@ pub struct Tail {
     file: File,
     path: PathBuf,
     inode: Inode,
+    born: u64,
     decoder: Option<Decoder>,
 }
 
@@ -90,14 +107,15 @@ impl Tail {
             Err(rustix::io::Errno::NOENT) => return Err(OpenError::Gone),
             Err(rustix::io::Errno::LOOP) => return Err(OpenError::Symlink),
             Err(rustix::io::Errno::NXIO) => return Err(OpenError::NotRegular),
-            Err(error) => return Err(OpenError::Io(error.into())),
+            Err(error) => return Err(io::Error::from(error).into()),
         };
         let metadata = file.metadata()?;
         if !metadata.is_file() {
             return Err(OpenError::NotRegular);
         }
         let decoder = Compression::of(path).map(|kind| Decoder::new(kind, &metadata));
-        Ok(Tail { file, path: path.to_owned(), inode: Inode::of(&metadata), decoder })
+        let inode = Inode::of(&metadata);
+        Ok(Tail { file, path: path.to_owned(), inode, born: born(&metadata), decoder })
     }
 
     /// The path under which it was opened.
@@ -108,6 +126,11 @@ impl Tail {
     /// Its device and inode.
     pub fn inode(&self) -> Inode {
         self.inode
+    }
+
+    /// When its inode was made, in nanoseconds since 1970; 0 where the file system does not tell.
+    pub fn born(&self) -> u64 {
+        self.born
     }
 
     /// Whether its bytes are decompressed.
@@ -190,10 +213,9 @@ impl Tail {
         self.modified().map(Day::of)
     }
 
-    /// Size and time of the last change (seconds and nanoseconds), of the file as it is stored.
-    pub fn stamp(&self) -> io::Result<(u64, (i64, i64))> {
-        let stamp = Stamp::of(&self.file.metadata()?);
-        Ok((stamp.size, (stamp.seconds, stamp.nanoseconds)))
+    /// Size and time of the last change, of the file as it is stored.
+    pub fn stamp(&self) -> io::Result<Stamp> {
+        Ok(Stamp::of(&self.file.metadata()?))
     }
 
     /// The end of the last record that ends with a newline before `end`, not before `floor`.
@@ -213,33 +235,21 @@ impl Tail {
     }
 }
 
+fn born(metadata: &Metadata) -> u64 {
+    let since = metadata.created().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+    since.and_then(|since| u64::try_from(since.as_nanos()).ok()).unwrap_or(0)
+}
+
 impl std::fmt::Debug for Tail {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Tail").field("path", &self.path).field("inode", &self.inode).finish()
     }
 }
 
-/// Size and time of change: a compressed file that changes is another file.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Stamp {
-    size: u64,
-    seconds: i64,
-    nanoseconds: i64,
-}
-
-impl Stamp {
-    fn of(metadata: &Metadata) -> Stamp {
-        Stamp {
-            size: metadata.size(),
-            seconds: metadata.mtime(),
-            nanoseconds: metadata.mtime_nsec(),
-        }
-    }
-}
-
 /// Reads forwards; an offset behind it starts over.
 struct Decoder {
     kind: Compression,
+    /// A compressed file that changes is another file.
     stamp: Stamp,
     stream: Option<Box<dyn Read + Send + Sync>>,
     at: u64,

@@ -131,7 +131,8 @@ fn search_path() -> Vec<PathBuf> {
     folders
 }
 
-fn daemon(program: &str) -> Command {
+/// A program that may lie where an ordinary user's PATH does not lead.
+pub fn daemon(program: &str) -> Command {
     let mut command = Command::new(program);
     command
         .env("PATH", std::env::join_paths(search_path()).expect("folders of a PATH hold no colon"));

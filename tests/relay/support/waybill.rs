@@ -388,6 +388,11 @@ impl Random {
         Random(seed)
     }
 
+    /// Always the same ones.
+    pub fn from(seed: u64) -> Random {
+        Random(seed)
+    }
+
     /// From 0 to `below` - 1 (SplitMix64).
     pub fn below(&mut self, below: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);

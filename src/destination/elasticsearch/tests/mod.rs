@@ -325,6 +325,14 @@ fn is_deferred(verdict: &Verdict, why: &str) -> bool {
     matches!(verdict, Verdict::Deferred { reason, .. } if reason.contains(why))
 }
 
+/// Whose fault the verdict says it is.
+fn refused_by(verdict: &Verdict) -> Option<&str> {
+    match verdict {
+        Verdict::Deferred { index, .. } => index.as_deref(),
+        _ => None,
+    }
+}
+
 fn is_parked(verdict: &Verdict, why: &str) -> bool {
     matches!(verdict, Verdict::Parked { reason } if reason.contains(why))
 }

@@ -86,6 +86,20 @@ async fn a_busy_document_alone_is_sent_again() {
 }
 
 #[tokio::test]
+async fn a_cluster_with_too_much_to_do_gives_lines_back_and_no_index_is_named() {
+    let server = Server::start(|request| match request.is_bulk() {
+        true => items(request, |index, _| error(index, 429, "es_rejected_execution_exception")),
+        false => other(request),
+    })
+    .await;
+    let bench = Bench::start(&config(&[&server.url]));
+    let verdicts = bench.send(&lines("a"), "1\n").verdicts().await;
+    assert!(is_deferred(&verdicts[0], "es_rejected_execution_exception"), "{verdicts:?}");
+    assert_eq!(refused_by(&verdicts[0]), None);
+    bench.end().await;
+}
+
+#[tokio::test]
 async fn a_refused_line_is_reduced_then_parked_in_pieces_and_neighbours_are_stored() {
     let long = "é".repeat(200 << 10);
     let server = Server::start(move |request| match request.is_bulk() {
@@ -141,6 +155,7 @@ async fn a_line_refused_alone_is_deferred_until_its_index_has_taken_another() {
     let segment = lines("a");
     let verdicts = bench.send(&segment, "bad\n").verdicts().await;
     assert!(is_deferred(&verdicts[0], "mapper_parsing_exception"), "{verdicts:?}");
+    assert_eq!(refused_by(&verdicts[0]), Some("a"));
     assert_eq!(bench.send(&lines("a"), "good\n").verdicts().await, [Verdict::Stored]);
     // The same line again, with nothing stored in this round.
     let verdicts = bench.send(&segment, "bad\n").verdicts().await;
@@ -165,9 +180,11 @@ async fn a_closed_index_is_deferred_at_once_and_others_go_on() {
     {
         let verdicts = bench.send(&lines(index), "1\n\n3\n").verdicts().await;
         assert!(is_deferred(&verdicts[0], why) && is_deferred(&verdicts[2], why), "{verdicts:?}");
+        assert_eq!(refused_by(&verdicts[0]), Some(index));
         let before = server.bulks().len();
         let verdicts = bench.send(&lines(index), "4\n").verdicts().await;
         assert!(is_deferred(&verdicts[0], why), "{verdicts:?}");
+        assert_eq!(refused_by(&verdicts[0]), Some(index));
         assert_eq!(server.bulks().len(), before, "known, so not asked again at once");
     }
     assert_eq!(bench.send(&lines("open"), "5\n").verdicts().await, [Verdict::Stored]);
@@ -187,6 +204,7 @@ async fn an_alias_or_data_stream_is_refused_before_anything_is_written() {
     let bench = Bench::start(&config(&[&server.url]));
     let verdicts = bench.send(&lines("alias"), "1\n").verdicts().await;
     assert!(is_deferred(&verdicts[0], "alias is an alias (of real)"), "{verdicts:?}");
+    assert_eq!(refused_by(&verdicts[0]), Some("alias"));
     assert_eq!(bench.send(&lines("index"), "1\n").verdicts().await, [Verdict::Stored]);
     bench.end().await;
     assert_eq!(server.bulks().len(), 1);
@@ -243,6 +261,7 @@ async fn a_dead_letter_that_cannot_be_written_defers_its_lines() {
     let bench = Bench::start(&config(&[&server.url]));
     let verdicts = bench.send(&lines("a"), "1\n").verdicts().await;
     assert!(is_deferred(&verdicts[0], "security_exception"), "{verdicts:?}");
+    assert_eq!(refused_by(&verdicts[0]), Some("dead"));
     bench.end().await;
 }
 

@@ -92,7 +92,11 @@ fn what_is_deferred_names_no_document() {
     lines.take("one", NOW);
     let batch = batches(&mut lines).remove(0);
     let after = Duration::from_millis(1500);
-    settle(&mut lines, &batch, Verdict::Deferred { reason: "closed".to_owned(), after });
+    settle(
+        &mut lines,
+        &batch,
+        Verdict::Deferred { reason: "closed".to_owned(), after, index: None },
+    );
     let expected = json!({"verdict": "deferred", "reason": "closed", "after_ms": 1500});
     assert_eq!(answers(&mut lines), [expected]);
     assert!(lines.is_idle());

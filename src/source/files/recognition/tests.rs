@@ -1,10 +1,12 @@
 //! Each test is an execution in which a simpler rule loses or doubles lines.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::Write;
+use std::time::{Duration, SystemTime};
 
 use super::*;
-use crate::source::files::fingerprint::fingerprint;
+use crate::source::files::fingerprint::{fingerprint, prefix};
+use crate::source::files::survey::{Scope, Survey, survey};
 use crate::state::Place;
 
 struct Folder(tempfile::TempDir);
@@ -28,7 +30,10 @@ impl Folder {
 
     fn found(&self, names: &[&str]) -> Vec<Found> {
         let open = |name: &&str| Tail::open(&self.path(name), false).expect("open");
-        let found = |tail| Found { tail, source: 0, wanted: true };
+        let found = |tail: Tail| {
+            let path = tail.path().to_owned();
+            Found { path, tail, source: 0, wanted: true, elsewhere: false }
+        };
         names.iter().map(open).map(found).collect()
     }
 
@@ -39,6 +44,7 @@ impl Folder {
             path: crate::record::escape_path(&self.path(name)),
             device: tail.inode().device,
             inode: tail.inode().inode,
+            born: tail.born(),
         };
         let mut progress = Progress { prefix: prefix(text), place, ..Progress::default() };
         for at in [position / 2, position].into_iter().filter(|at| *at > 0) {
@@ -59,11 +65,38 @@ impl Folder {
         held: &[Known],
         rebooted: bool,
     ) -> Vec<String> {
-        let around = Surroundings { lost, held, patient: false, rebooted };
-        let name = |found: &Found| {
-            found.tail.path().file_name().expect("a name").to_string_lossy().into_owned()
-        };
-        let mut decisions: Vec<String> = recognise(self.found(names), around)
+        let mut decisions = self.decide_in_order(names, lost, held, &[], rebooted);
+        decisions.sort();
+        decisions
+    }
+
+    fn decide_in_order(
+        &self,
+        names: &[&str],
+        lost: &[Known],
+        held: &[Known],
+        first_run: &[usize],
+        rebooted: bool,
+    ) -> Vec<String> {
+        let found = self.found(names);
+        let ours = lost.iter().chain(held).filter(|known| known.source.is_some());
+        let paths = ours.map(Known::path);
+        let paths = paths.chain(found.iter().map(|found| found.path.clone()));
+        let bases = paths.map(|path| (path, 0)).collect();
+        let is_held = |inode, _| held.iter().any(|known| known.inode() == inode);
+        let scope = Scope { bases, rotated: Vec::new() };
+        let Survey { found, places } = survey(found, &scope, is_held).expect("settled");
+        let held: Vec<Held> = held
+            .iter()
+            .map(|known| Held {
+                known: known.clone(),
+                at: places.get(&known.inode()).map(|(path, _)| path.clone()),
+            })
+            .collect();
+        let around = Surroundings { lost, held: &held, first_run, rebooted };
+        let name =
+            |found: &Found| found.path.file_name().expect("a name").to_string_lossy().into_owned();
+        recognise(found, around)
             .expect("readable")
             .iter()
             .map(|decision| match decision {
@@ -75,23 +108,14 @@ impl Folder {
                 Decision::New { found } if found.wanted => format!("{} is new", name(found)),
                 Decision::New { found } => format!("{} was missed", name(found)),
                 Decision::Copy { found } => format!("{} is a copy", name(found)),
-                Decision::Foreign => "foreign".to_owned(),
+                Decision::PassOver { found } => format!("{} is passed over", name(found)),
             })
-            .collect();
-        decisions.sort();
-        decisions
+            .collect()
     }
 }
 
 fn lines(tag: &str, count: usize) -> Vec<u8> {
     (0..count).flat_map(|n| format!("{tag} {n}\n").into_bytes()).collect()
-}
-
-/// The identity of a run whose file was found at this time.
-fn found_at(time: SystemTime) -> Uuid {
-    let since = time.duration_since(SystemTime::UNIX_EPOCH).expect("after 1970");
-    let context = uuid::ContextV7::new();
-    Uuid::new_v7(uuid::Timestamp::from_unix(&context, since.as_secs(), since.subsec_nanos()))
 }
 
 fn gzip(text: &[u8]) -> Vec<u8> {
@@ -142,8 +166,7 @@ fn two_rotations_while_down_miss_no_generation() {
     let folder = Folder::new();
     let old = lines("old", 500);
     folder.write("a.log", &old);
-    let mut lost = [folder.known("a.log", &old, 1000)];
-    lost[0].run = found_at(SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000));
+    let lost = [folder.known("a.log", &old, 1000)];
     folder.rename("a.log", "a.log.2");
     folder.write("a.log.1", b"between\n");
     folder.write("a.log", b"new\n");
@@ -153,24 +176,24 @@ fn two_rotations_while_down_miss_no_generation() {
     );
 }
 
+/// At a later run a rotated file that nobody knows is ours, whatever its time says.
 #[test]
-fn siblings_from_before_our_time_stay_alone() {
+fn only_at_the_first_run_are_siblings_passed_over() {
     let folder = Folder::new();
-    let old = lines("old", 500);
     folder.write("a.log.1", b"before us\n");
-    folder.write("a.log", &old);
-    let mut lost = [folder.known("a.log", &old, 1000)];
-    lost[0].run = found_at(SystemTime::now() + Duration::from_secs(3600));
-    folder.rename("a.log", "a.log.2");
-    folder.write("a.log", b"new\n");
-    let around = Surroundings { lost: &lost, held: &[], patient: false, rebooted: false };
-    let decisions = recognise(folder.found(&["a.log"]), around).expect("readable");
-    assert!(decisions.iter().any(|decision| matches!(decision, Decision::Foreign)));
-    assert!(
-        !decisions
-            .iter()
-            .any(|decision| matches!(decision, Decision::New { found } if !found.wanted))
-    );
+    folder.write("a.log", b"now\n");
+    let ancient = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
+    File::options()
+        .write(true)
+        .open(folder.path("a.log.1"))
+        .expect("open")
+        .set_modified(ancient)
+        .expect("time");
+    let decide =
+        |first_run: &[usize]| folder.decide_in_order(&["a.log"], &[], &[], first_run, false);
+    assert_eq!(decide(&[0]), ["a.log.1 is passed over", "a.log is new"]);
+    // In this order: the rotated one is durable before the one that came after it.
+    assert_eq!(decide(&[]), ["a.log.1 was missed", "a.log is new"]);
 }
 
 #[test]
@@ -253,10 +276,7 @@ fn a_new_generation_with_equal_first_lines_is_no_copy() {
     folder.write("a.log", b"started\nsecond\n");
     let mut held = folder.known("a.log.1", b"started\n", 0);
     held.progress.fingerprints.clear();
-    let held = [held];
-    let around = Surroundings { lost: &[], held: &held, patient: true, rebooted: false };
-    let decisions = recognise(folder.found(&["a.log"]), around).expect("readable");
-    assert!(matches!(decisions[..], [Decision::New { .. }]), "{decisions:?}");
+    assert_eq!(folder.decide(&["a.log"], &[], &[held]), ["a.log is new"]);
 }
 
 #[test]
@@ -269,4 +289,195 @@ fn the_same_file_in_another_source_goes_on_and_an_equal_one_does_not() {
     lost[0].source = None;
     assert_eq!(folder.decide(&["b.log"], &lost, &[]), ["b.log is new"]);
     assert_eq!(folder.decide(&["a.log"], &lost, &[]), ["a.log continues 0"]);
+}
+
+/// A run whose own file is at hand never moves to an equal one (here: a banner that each start of
+/// a program writes).
+#[test]
+fn a_run_stays_with_its_inode() {
+    let folder = Folder::new();
+    folder.write("a.log", b"started\n");
+    let lost = [folder.known("a.log", b"started\n", 8)];
+    folder.rename("a.log", "a.log.1");
+    folder.write("a.log", b"started\nmore\n");
+    for _ in 0..2 {
+        assert_eq!(folder.decide(&["a.log"], &lost, &[]), ["a.log is new", "a.log.1 continues 0"]);
+    }
+    // The same, while the old one rests or is followed.
+    assert_eq!(folder.decide(&["a.log"], &[], &lost), ["a.log is new"]);
+}
+
+#[test]
+fn an_archive_wins_over_an_equal_successor() {
+    let folder = Folder::new();
+    folder.write("a.log", b"started\n");
+    let lost = [folder.known("a.log", b"started\n", 8)];
+    fs::remove_file(folder.path("a.log")).expect("remove");
+    folder.write("a.log.1.gz", &gzip(b"started\n"));
+    folder.write("a.log", b"started\nmore\n");
+    assert_eq!(folder.decide(&["a.log"], &lost, &[]), ["a.log is new", "a.log.1.gz continues 0"]);
+}
+
+#[test]
+fn an_equal_successor_of_a_deleted_file_is_new() {
+    let folder = Folder::new();
+    folder.write("a.log", b"started\n");
+    let lost = [folder.known("a.log", b"started\n", 8)];
+    folder.rename("a.log", "elsewhere");
+    folder.write("a.log", b"started\nmore\n");
+    assert_eq!(folder.decide_after(&["a.log"], &lost, &[], false), ["a.log is new"]);
+}
+
+/// Generations that hold the same banner and no more are as many as there are.
+#[test]
+fn equal_generations_are_no_copies() {
+    let folder = Folder::new();
+    folder.write("a.log", b"started\n");
+    let known = [folder.known("a.log", b"started\n", 8)];
+    folder.rename("a.log", "a.log.3");
+    for name in ["a.log.2", "a.log.1", "a.log"] {
+        folder.write(name, b"started\n");
+    }
+    let missed = ["a.log is new", "a.log.1 was missed", "a.log.2 was missed"];
+    assert_eq!(folder.decide(&["a.log"], &[], &known), missed);
+    assert_eq!(
+        folder.decide(&["a.log"], &known, &[]),
+        [&missed[..], &["a.log.3 continues 0"]].concat()
+    );
+}
+
+/// Dated names that a program writes itself: a short file is no copy of the day before.
+#[test]
+fn a_short_file_with_a_dated_name_is_new_at_once() {
+    let folder = Folder::new();
+    let old = lines("old", 500);
+    folder.write("a.log-20261120", &old);
+    folder.write("a.log-20261121", b"new\n");
+    let held = [folder.known("a.log-20261120", &old, old.len())];
+    assert_eq!(folder.decide(&["a.log-20261121"], &[], &held), ["a.log-20261121 is new"]);
+}
+
+#[test]
+fn a_copy_in_the_making_waits_while_its_bytes_agree() {
+    let folder = Folder::new();
+    let text = lines("line", 500);
+    folder.write("a.log", &text);
+    let held = [folder.known("a.log", &text, 1000)];
+    for length in [0, 10, 2000] {
+        folder.write("a.log.1", &text[..length]);
+        assert_eq!(folder.decide(&[], &[], &held), ["a.log.1 is a copy"], "{length}");
+    }
+    folder.write("a.log.1", b"other\n");
+    assert_eq!(folder.decide(&[], &[], &held), ["a.log.1 was missed"]);
+}
+
+/// Truncated, and grown past the position with the same first bytes: the copy holds other bytes.
+#[test]
+fn a_truncated_file_that_begins_as_before_is_told_by_its_copy() {
+    let folder = Folder::new();
+    let old = [&b"started\n"[..], &lines("old", 50)].concat();
+    folder.write("a.log", &old);
+    let lost = [folder.known("a.log", b"started\n", 8)];
+    folder.write("a.log.1", &old);
+    let file = File::options().write(true).open(folder.path("a.log")).expect("open");
+    file.set_len(0).expect("truncate");
+    let new = [&b"started\n"[..], &lines("new", 500)].concat();
+    (&file).write_all(&new).expect("write");
+    assert_eq!(folder.decide(&["a.log"], &lost, &[]), ["a.log is new", "a.log.1 continues 0"]);
+}
+
+#[test]
+fn a_file_that_is_shorter_than_it_was_seen_was_truncated() {
+    let folder = Folder::new();
+    let old = lines("line", 500);
+    folder.write("a.log", &old);
+    let mut lost = [folder.known("a.log", &old, 1000)];
+    lost[0].progress.size = old.len() as u64;
+    folder.write("a.log", &old[..2000]);
+    assert_eq!(folder.decide_after(&["a.log"], &lost, &[], false), ["a.log is new"]);
+}
+
+/// gzip is at work on a generation that nobody knows: one of the two is followed.
+#[test]
+fn a_file_and_its_archive_are_one() {
+    let folder = Folder::new();
+    let text = lines("line", 50_000);
+    let archive = gzip(&text);
+    folder.write("a.log.1", &text);
+    folder.write("a.log", b"new\n");
+    for length in [0, 5, archive.len() / 2, archive.len()] {
+        folder.write("a.log.1.gz", &archive[..length]);
+        assert_eq!(
+            folder.decide(&["a.log"], &[], &[]),
+            ["a.log is new", "a.log.1 was missed", "a.log.1.gz is a copy"],
+            "{length}"
+        );
+    }
+    folder.write("a.log.1.gz", &gzip(b"another one\n"));
+    assert_eq!(
+        folder.decide(&["a.log"], &[], &[]),
+        ["a.log is new", "a.log.1 was missed", "a.log.1.gz was missed"]
+    );
+}
+
+/// A first line fits many files: the run of which more is known goes first.
+#[test]
+fn archives_go_to_the_runs_that_know_them_best() {
+    let folder = Folder::new();
+    let second = [&b"started\n"[..], &lines("second", 5)].concat();
+    let mut lost = Vec::new();
+    for text in [&b"started\n"[..], &second] {
+        folder.write("a.log", text);
+        lost.push(folder.known("a.log", text, 8));
+        folder.rename("a.log", &format!("gone{}", lost.len()));
+    }
+    folder.write("a.log.2.gz", &gzip(b"started\n"));
+    folder.write("a.log.1.gz", &gzip(&second));
+    assert_eq!(
+        folder.decide(&[], &lost, &[]),
+        ["a.log.1.gz continues 1", "a.log.2.gz continues 0"]
+    );
+}
+
+/// What lies at its own home under a rotated name says nothing of another run's home.
+#[test]
+fn runs_with_equal_beginnings_stay_at_their_homes() {
+    let folder = Folder::new();
+    let first = [&b"started\n"[..], &lines("first", 5)].concat();
+    folder.write("a.log", &first);
+    let mut lost = vec![folder.known("a.log", &first, 8)];
+    folder.rename("a.log", "a.log.1");
+    folder.write("a.log", b"started\n");
+    lost.push(folder.known("a.log", b"started\n", 0));
+    assert_eq!(folder.decide(&["a.log"], &lost, &[]), ["a.log continues 1", "a.log.1 continues 0"]);
+}
+
+/// Its stream is about to notice that the file was truncated.
+#[test]
+fn a_copy_of_a_file_that_was_truncated_just_now_waits() {
+    let folder = Folder::new();
+    let text = lines("line", 500);
+    folder.write("a.log", &text);
+    let mut held = folder.known("a.log", &text, 1000);
+    held.progress.size = text.len() as u64;
+    folder.write("a.log.1", &text);
+    File::options().write(true).open(folder.path("a.log")).expect("open").set_len(0).expect("cut");
+    assert_eq!(folder.decide(&["a.log.1"], &[], &[held]), ["a.log.1 is a copy"]);
+}
+
+/// The archive of a run whose last lines are sent from a copy says nothing of another one.
+#[test]
+fn an_archive_of_a_run_in_hand_is_not_another_ones() {
+    let folder = Folder::new();
+    let first = [&b"started\n"[..], &lines("first", 5)].concat();
+    folder.write("a.log", &first);
+    let held = [folder.known("a.log", &first, 0)];
+    folder.rename("a.log", "gone");
+    folder.write("a.log.1.gz", &gzip(&first));
+    folder.write("a.log", b"started\n");
+    let lost = [folder.known("a.log", b"started\n", 0)];
+    assert_eq!(
+        folder.decide(&["a.log"], &lost, &held),
+        ["a.log continues 0", "a.log.1.gz is a copy"]
+    );
 }

@@ -1,32 +1,32 @@
 //! Following files: finds them, recognises them, and gives each one a stream.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
-use std::fs::{self, Metadata};
+mod memory;
+mod recognising;
+
+use std::collections::{HashMap, HashSet};
+use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use tokio::task::{JoinSet, block_in_place};
 use tracing::{error, info, warn};
-use uuid::{NoContext, Timestamp, Uuid};
+use uuid::Uuid;
 
 use super::Context;
-use super::kept::{self, Kept};
 use super::link::Mailbox;
-use super::origin::Origin;
 use super::rows::Attributes;
 use super::stream::{End, Ended, Flags, Parts, Stream, file_origin};
 use crate::config::{Input, Start};
 use crate::record::{Framing, escape_path};
-use crate::source::files::discovery::{Hints, SWEEP_INTERVAL, has_wildcard, sweep};
-use crate::source::files::recognition::{Decision, Found, Known, Surroundings, recognise};
+use crate::source::files::discovery::{Hints, SWEEP_INTERVAL, Sweep, has_wildcard, sweep};
+use crate::source::files::recognition::{Decision, Found};
 use crate::source::files::siblings::is_rotated_name;
 use crate::source::files::tail::{Inode, OpenError, Tail};
-use crate::state::{Entry, Progress};
+use crate::state::{Entry, Progress, Stamp};
 
 /// Hints in quick succession are answered by one sweep.
 const HINTS_SETTLE: Duration = Duration::from_millis(20);
@@ -34,19 +34,20 @@ const HINTS_SETTLE: Duration = Duration::from_millis(20);
 /// How often rows learn that their files are still there.
 const SEEN_INTERVAL: Duration = Duration::from_secs(3600);
 
-/// A copy is looked at again after so long.
-const COPY_AGAIN_AFTER: Duration = Duration::from_secs(10);
+/// An archive beside its original is compared with it again after so long.
+const ARCHIVE_AGAIN_AFTER: Duration = Duration::from_secs(10);
 
 /// Follows the files of all sources.
 pub struct Follower {
     context: Arc<Context>,
     sources: Vec<FileSource>,
     streams: HashMap<Uuid, Held>,
-    /// Files without a stream, since everything of them is receipted, and their runs.
-    resting: HashMap<Inode, (Stamp, Uuid)>,
-    /// Those of them that the current sweep met as they were left.
+    /// Files without a stream, since everything of them is receipted.
+    resting: HashMap<Inode, Resting>,
+    /// Runs of those that the current sweep met as they were left.
     at_rest: HashSet<Uuid>,
-    copies: HashMap<Inode, (Stamp, Instant)>,
+    /// Files that hold what another one holds: decided anew in each sweep.
+    copies: HashMap<Inode, Waiting>,
     complaints: HashMap<PathBuf, String>,
     /// Ranges of runs whose file was lost: reported unless they turn up in the next sweep.
     missing: HashMap<Uuid, Ended>,
@@ -56,7 +57,7 @@ pub struct Follower {
     runs: HashMap<tokio::task::Id, Uuid>,
     /// When rows learnt last that their files are there.
     seen_at: Option<Instant>,
-    /// No sweep is over yet.
+    /// No sweep has looked for all known runs yet.
     first: bool,
     failed: bool,
 }
@@ -64,6 +65,8 @@ pub struct Follower {
 struct FileSource {
     attributes: Arc<Attributes>,
     pattern: String,
+    literal: Option<PathBuf>,
+    rotated: Vec<String>,
     follow_symlinks: bool,
 }
 
@@ -81,6 +84,36 @@ impl Held {
         self.flags.look.store(true, Ordering::Relaxed);
         self.mailbox.wake.notify_one();
     }
+
+    /// Its file has this name now.
+    fn renamed(&mut self, path: &Path) {
+        if self.path != path {
+            self.path = path.to_owned();
+            self.flags.renamed(path);
+            self.look();
+        }
+    }
+}
+
+/// A copy.
+struct Waiting {
+    stamp: Stamp,
+    compressed: bool,
+    decided_at: Instant,
+}
+
+impl Waiting {
+    /// To compare an archive is to unpack it: that is not done in each sweep.
+    fn is_decided(&self, stamp: Stamp) -> bool {
+        self.compressed && self.stamp == stamp && self.decided_at.elapsed() < ARCHIVE_AGAIN_AFTER
+    }
+}
+
+/// A file that needs no stream while it looks like this.
+struct Resting {
+    stamp: Stamp,
+    run: Uuid,
+    path: PathBuf,
 }
 
 /// What one sweep has seen.
@@ -90,28 +123,19 @@ struct Seen {
     held: HashMap<Inode, Uuid>,
     inodes: HashSet<Inode>,
     found: Vec<Found>,
-}
-
-/// What stat(2) says of a file that matters here.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Stamp {
-    size: u64,
-    modified: (i64, i64),
-}
-
-impl Stamp {
-    fn of(metadata: &Metadata) -> Stamp {
-        Stamp { size: metadata.size(), modified: (metadata.mtime(), metadata.mtime_nsec()) }
-    }
+    /// Files that no pattern names, and that are not where they rested.
+    moved: bool,
 }
 
 impl Follower {
     /// For the file sources among `sources`.
     pub fn new(context: Arc<Context>, sources: &[Arc<Attributes>]) -> Follower {
         let file_source = |attributes: &Arc<Attributes>| match &attributes.source.input {
-            Input::Files { pattern } => Some(FileSource {
+            Input::Files { pattern, literal, rotated } => Some(FileSource {
                 attributes: attributes.clone(),
                 pattern: pattern.clone(),
+                literal: literal.clone(),
+                rotated: rotated.clone(),
                 follow_symlinks: attributes.source.follow_symlinks,
             }),
             _ => None,
@@ -137,20 +161,15 @@ impl Follower {
     /// Follows until stopped, or, with `--once`, until everything there is receipted. `false`
     /// where some lines could not be.
     pub async fn run(mut self) -> bool {
-        block_in_place(|| self.take_up_copies());
+        block_in_place(|| {
+            self.take_up_copies();
+            self.take_up_resting();
+        });
         let mut hints = Hints::new();
-        let once = self.context.config.once;
-        let mut patient = true;
         while !self.context.stopping.is_cancelled() {
-            let new = block_in_place(|| self.sweep(&mut hints, patient));
-            if once && self.tasks.is_empty() && new == 0 {
-                if !patient {
-                    break;
-                }
-                // Whoever is still taken for a copy in the making is what it is by now.
-                patient = false;
-                self.copies.clear();
-                continue;
+            let started = block_in_place(|| self.sweep(&mut hints));
+            if self.context.config.once && self.tasks.is_empty() && started == 0 {
+                break;
             }
             let stopping = self.context.stopping.clone();
             tokio::select! {
@@ -189,8 +208,8 @@ impl Follower {
             End::Rests | End::Failed => {
                 self.failed |= ended.end == End::Failed;
                 if let (Some(held), Some(stamp)) = (held, ended.stamp) {
-                    let (size, modified) = stamp;
-                    self.resting.insert(held.inode, (Stamp { size, modified }, ended.run));
+                    let resting = Resting { stamp, run: ended.run, path: held.path };
+                    self.resting.insert(held.inode, resting);
                 }
             }
             End::Lost => {
@@ -201,8 +220,7 @@ impl Follower {
     }
 
     /// Looks at all patterns and all followed files; returns how many streams it started.
-    fn sweep(&mut self, hints: &mut Hints, patient: bool) -> usize {
-        let started = SystemTime::now();
+    fn sweep(&mut self, hints: &mut Hints) -> usize {
         self.at_rest.clear();
         let mut seen = Seen {
             held: self.streams.iter().map(|(run, held)| (held.inode, *run)).collect(),
@@ -213,7 +231,11 @@ impl Follower {
             if let Some(folder) = watched_folder(&pattern) {
                 hints.watch(folder);
             }
-            for path in sweep(&pattern) {
+            let swept = self.sources[number].sweep();
+            for (folder, error) in swept.unreadable {
+                self.complain_of_folder(&pattern, &folder, error);
+            }
+            for path in swept.paths {
                 if let Some(folder) = path.parent() {
                     hints.watch(folder);
                 }
@@ -222,56 +244,55 @@ impl Follower {
                 }
             }
         }
+        self.look_at_resting(&mut seen);
         self.look_at_held(&seen.paths);
-        let found = seen.found;
-        // A file that gets shorter while we look was truncated.
-        let rebooted = std::mem::take(&mut self.first) && self.context.state.rebooted();
-        let mut streams = 0;
-        if !found.is_empty() || !self.missing.is_empty() {
-            let (held, lost): (Vec<_>, Vec<_>) =
-                self.known().into_iter().partition(|known| self.is_held(known));
-            let held: Vec<Known> =
-                held.into_iter().map(|known| self.without_stale_place(known)).collect();
-            let around = Surroundings { lost: &lost, held: &held, patient, rebooted };
-            match recognise(found, around) {
-                Ok(decisions) => streams = self.carry_out(decisions, started),
+        let is_due = self.first
+            || seen.moved
+            || !seen.found.is_empty()
+            || !self.missing.is_empty()
+            || self.copies.values().any(|copy| !copy.is_decided(copy.stamp))
+            || self.is_noting_due();
+        let mut started = 0;
+        if is_due {
+            started = match self.recognise(seen.found) {
+                Ok(started) => started,
                 Err(error) => {
+                    self.failed |= self.context.config.once;
                     warn!(%error, "files could not be compared: it is tried again");
                     return 0;
                 }
-            }
+            };
             self.report_missing();
+            if std::mem::take(&mut self.first) {
+                self.report_vanished();
+            }
         }
         // Also where nothing was found: what comes later was not there at the first run.
         self.mark_followed();
         self.note_seen();
-        streams
+        started
     }
 
     /// Whether somebody has this run's bytes in hand, so that no other file can be its own.
-    fn is_held(&self, known: &Known) -> bool {
-        self.streams.contains_key(&known.run)
-            || self.at_rest.contains(&known.run)
-            || self.kept.contains(&known.run)
+    fn is_held(&self, run: Uuid) -> bool {
+        self.streams.contains_key(&run) || self.at_rest.contains(&run) || self.kept.contains(&run)
     }
 
-    /// The file of a kept copy is gone and its inode may be another's by now.
-    fn without_stale_place(&self, mut known: Known) -> Known {
-        if !self.streams.contains_key(&known.run) && self.kept.contains(&known.run) {
-            (known.progress.place.device, known.progress.place.inode) = (0, 0);
-        }
-        known
-    }
-
-    /// Tells the state which files are there, so that it can forget the others in the end.
-    fn note_seen(&mut self) {
-        if self.seen_at.is_some_and(|at| at.elapsed() < SEEN_INTERVAL) {
-            return;
-        }
-        let present = self.streams.keys().chain(&self.at_rest).copied();
-        match self.context.state.saw(&present.collect::<BTreeSet<Uuid>>()) {
-            Ok(()) => self.seen_at = Some(Instant::now()),
-            Err(error) => warn!(%error, "the state directory cannot be written"),
+    /// Files that rest where no pattern names them are looked at where they were.
+    fn look_at_resting(&mut self, seen: &mut Seen) {
+        for (inode, resting) in &self.resting {
+            if self.at_rest.contains(&resting.run) {
+                continue;
+            }
+            let metadata = fs::metadata(&resting.path);
+            let is_there = metadata.is_ok_and(|metadata| {
+                Inode::of(&metadata) == *inode && Stamp::of(&metadata) == resting.stamp
+            });
+            if is_there {
+                self.at_rest.insert(resting.run);
+            } else {
+                seen.moved = true;
+            }
         }
     }
 
@@ -284,7 +305,9 @@ impl Follower {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return self.complain(&path, "is not there yet: waiting for it".to_owned(), false);
             }
-            Err(error) => return self.complain(&path, format!("cannot be read: {error}"), true),
+            Err(error) => {
+                return self.complain(&path, OpenError::from(error).to_string(), true);
+            }
         };
         // What a pattern merely brushes is no mistake.
         if metadata.is_dir() && has_wildcard(&self.sources[number].pattern) {
@@ -294,30 +317,35 @@ impl Follower {
         seen.paths.insert(path.clone(), inode);
         if let Some(held) = seen.held.get(&inode).and_then(|run| self.streams.get_mut(run)) {
             // Renamed within the pattern, or simply still there.
-            held.path = path;
+            held.renamed(&path);
             return;
         }
-        let rests = self.resting.get(&inode).filter(|(known, _)| *known == stamp);
-        if let Some((_, run)) = rests {
-            self.at_rest.insert(*run);
+        let rests = self.resting.get_mut(&inode).filter(|resting| resting.stamp == stamp);
+        if let Some(resting) = rests {
+            resting.path = path;
+            self.at_rest.insert(resting.run);
             return;
         }
-        let is_known = self
-            .copies
-            .get(&inode)
-            .is_some_and(|(known, at)| *known == stamp && at.elapsed() < COPY_AGAIN_AFTER)
-            || !seen.inodes.insert(inode);
-        if is_known {
+        let is_decided = self.copies.get(&inode).is_some_and(|copy| copy.is_decided(stamp));
+        if is_decided || !seen.inodes.insert(inode) {
             return;
         }
         match Tail::open(&path, follow) {
             Ok(tail) => {
                 self.complaints.remove(&path);
-                seen.found.push(Found { tail, source: number, wanted: true });
+                let (path, source) = (path.clone(), number);
+                seen.found.push(Found { path, tail, source, wanted: true, elsewhere: false });
             }
             Err(OpenError::Gone) => {}
             Err(error) => self.complain(&path, error.to_string(), true),
         }
+    }
+
+    /// A folder that cannot be listed. A pattern that names it finds nothing; one that merely
+    /// brushes it on its way down goes on elsewhere.
+    fn complain_of_folder(&mut self, pattern: &str, folder: &Path, error: io::Error) {
+        let named = watched_folder(pattern) == Some(folder);
+        self.complain(folder, OpenError::from(error).to_string(), named);
     }
 
     /// Says what is wrong with a path, once.
@@ -344,74 +372,60 @@ impl Follower {
             let rotated_name = is_rotated_name(held.path.as_os_str().as_bytes())
                 .is_some_and(|base| Path::new(std::ffi::OsStr::from_bytes(base)).exists());
             let succeeded = (moved && at_path.is_some()) || rotated_name;
-            held.flags.succeeded.store(succeeded, Ordering::Relaxed);
+            let was_succeeded = held.flags.succeeded.swap(succeeded, Ordering::Relaxed);
             let was_moved = held.flags.moved.swap(moved, Ordering::Relaxed);
             let stamp = metadata.filter(|_| !moved).as_ref().map(Stamp::of);
             // Where a moved file is now is not known: its stream looks at the descriptor itself.
-            if moved || was_moved || stamp != held.stamp {
+            if moved || was_moved || succeeded != was_succeeded || stamp != held.stamp {
                 held.stamp = stamp;
                 held.look();
             }
         }
     }
 
-    /// What the state knows of the runs of files.
-    fn known(&self) -> Vec<Known> {
-        let mut runs: HashMap<Uuid, Known> = HashMap::new();
-        for (entry, progress) in self.context.state.entries() {
-            if !matches!(entry.row.framing, Framing::Lines { .. }) {
-                continue;
-            }
-            let named = |source: &FileSource| source.attributes.source.name == entry.row.source;
-            let source = self.sources.iter().position(named);
-            match runs.get_mut(&entry.run) {
-                // Entries come oldest first: a later row knows the place better.
-                Some(known) => join(&mut known.progress, progress),
-                None => {
-                    let opened = entry.row.segment;
-                    runs.insert(entry.run, Known { run: entry.run, source, progress, opened });
-                }
-            }
-        }
-        let mut known: Vec<Known> = runs.into_values().collect();
-        known.sort_by_key(|known| known.opened);
-        known
-    }
-
-    fn carry_out(&mut self, decisions: Vec<Decision>, swept_at: SystemTime) -> usize {
+    fn carry_out(&mut self, decisions: Vec<Decision>) -> usize {
         let mut started = 0;
+        let mut copies = std::mem::take(&mut self.copies);
         for decision in decisions {
             let (found, run, until, start) = match decision {
                 Decision::Continue { run, found, until } => (found, run, until, 0),
                 Decision::New { mut found } => {
                     if !found.wanted {
-                        info!(path = %escape_path(found.tail.path()),
+                        info!(path = %escape_path(&found.path),
                             "a rotated generation that came and went unseen");
                     }
                     let start = match self.first_offset(&mut found) {
                         Ok(start) => start,
                         Err(error) => {
-                            self.complain(found.tail.path(), error.to_string(), true);
+                            self.complain(&found.path, error.to_string(), true);
                             continue;
                         }
                     };
-                    (found, mint_run(swept_at), None, start)
+                    (found, Uuid::now_v7(), None, start)
                 }
                 Decision::Copy { found } => {
-                    if let Ok(metadata) = fs::metadata(found.tail.path()) {
-                        let seen = (Stamp::of(&metadata), Instant::now());
-                        self.copies.insert(found.tail.inode(), seen);
+                    let inode = found.tail.inode();
+                    if copies.remove(&inode).is_none() {
+                        info!(path = %escape_path(&found.path), "holds what another file holds: \
+                            it waits until that one is gone or their bytes differ");
+                    }
+                    let (compressed, decided_at) = (found.tail.is_compressed(), Instant::now());
+                    if let Ok(stamp) = found.tail.stamp() {
+                        self.copies.insert(inode, Waiting { stamp, compressed, decided_at });
                     }
                     continue;
                 }
-                Decision::Foreign => continue,
+                Decision::PassOver { .. } => continue,
             };
-            let path = found.tail.path().to_owned();
+            let path = found.path.clone();
             match self.attach(found, run, until, start) {
                 Ok(()) => started += 1,
                 Err(error) => self.complain(&path, format!("cannot be followed: {error}"), true),
             }
         }
+        // Those that it was not their turn to be decided.
+        copies.retain(|_, copy| copy.is_decided(copy.stamp));
+        self.copies.extend(copies);
         started
     }
 
@@ -422,7 +436,7 @@ impl Follower {
         until: Option<u64>,
         start: u64,
     ) -> io::Result<()> {
-        let (path, inode) = (found.tail.path().to_owned(), found.tail.inode());
+        let (path, inode) = (found.path, found.tail.inode());
         let parts = Parts {
             context: self.context.clone(),
             attributes: self.sources[found.source].attributes.clone(),
@@ -443,8 +457,8 @@ impl Follower {
         self.context.totals.total_bytes.fetch_add(stream.backlog(), Ordering::Relaxed);
         self.missing.remove(&run);
         self.resting.remove(&inode);
-        self.copies.remove(&inode);
         let (mailbox, flags) = (stream.mailbox(), stream.flags());
+        flags.renamed(&path);
         self.streams.insert(run, Held { mailbox, flags, inode, path, stamp: None });
         let task = self.tasks.spawn(stream.run());
         self.runs.insert(task.id(), run);
@@ -467,98 +481,26 @@ impl Follower {
             "passed over, because of start = \"end\" at this source's first run");
         Ok(start)
     }
-
-    /// `start = end` is spent once the rows of its first run are durable.
-    fn mark_followed(&self) {
-        for source in &self.sources {
-            let name = &source.attributes.source.name;
-            if let Err(error) = self.context.state.mark_followed(name) {
-                warn!(%error, "the state directory cannot be written");
-            }
-        }
-    }
-
-    /// A run that turned up nowhere lost what was not receipted (I9).
-    fn report_missing(&mut self) {
-        for (_, ended) in self.missing.drain() {
-            if ended.seen > ended.position {
-                error!(path = %ended.path, from = ended.position, to = ended.seen,
-                    bytes = ended.seen - ended.position,
-                    "lost: the file was truncated or replaced before these bytes were receipted");
-                let lost = ended.seen - ended.position;
-                self.context.totals.lost_bytes.fetch_add(lost, Ordering::Relaxed);
-            }
-        }
-    }
-
-    /// Streams for the copies of files that were deleted before they were receipted.
-    fn take_up_copies(&mut self) {
-        let mut runs: HashMap<Uuid, (u64, String)> = HashMap::new();
-        for (entry, _) in self.context.state.entries() {
-            if let Some(from) = entry.kept_from {
-                runs.insert(entry.run, (from, entry.row.source.clone()));
-            }
-        }
-        let named: Vec<(Uuid, u64)> = runs.iter().map(|(run, (from, _))| (*run, *from)).collect();
-        kept::sweep(self.context.state.dir(), &named);
-        for (run, (from, source)) in runs {
-            let of_source = |known: &&FileSource| known.attributes.source.name == source;
-            let Some(source) = self.sources.iter().find(of_source) else { continue };
-            let opened = Kept::open(self.context.state.dir(), run, from);
-            let started = opened.and_then(|(kept, origin)| {
-                let size = kept.length();
-                self.context.kept_bytes.fetch_add(size, Ordering::Relaxed);
-                self.context.totals.total_bytes.fetch_add(size, Ordering::Relaxed);
-                Stream::attach(Parts {
-                    context: self.context.clone(),
-                    attributes: source.attributes.clone(),
-                    run,
-                    origin: Origin::Kept(origin),
-                    known: rows_of(&self.context, run),
-                    until: None,
-                    start: from,
-                    kept: Some(kept),
-                })
-            });
-            match started {
-                Ok(stream) => {
-                    stream.report_short_copy();
-                    self.kept.insert(run);
-                    let task = self.tasks.spawn(stream.run());
-                    self.runs.insert(task.id(), run);
-                }
-                Err(error) => {
-                    error!(%run, %error, "lost: the copy of a deleted file is unreadable")
-                }
-            }
-        }
-    }
 }
 
-/// The identity of a file that was found by a sweep which began at this time: what changes later
-/// and is nobody's came after it.
-fn mint_run(swept_at: SystemTime) -> Uuid {
-    let since = swept_at.duration_since(UNIX_EPOCH).unwrap_or_default();
-    let (seconds, nanoseconds) = (since.as_secs(), since.subsec_nanos());
-    Uuid::new_v7(Timestamp::from_unix(NoContext, seconds, nanoseconds))
+impl FileSource {
+    /// What its pattern names now, and the file whose very name looks like the pattern.
+    fn sweep(&self) -> Sweep {
+        let mut swept = sweep(&self.pattern);
+        let literal = self.literal.iter().filter(|path| path.symlink_metadata().is_ok());
+        swept.paths.extend(literal.cloned());
+        swept
+    }
+
+    fn is_of(&self, entry: &Entry) -> bool {
+        matches!(entry.row.framing, Framing::Lines { .. })
+            && self.attributes.source.name == entry.row.source
+    }
 }
 
 /// The rows of a run, with their progress.
 pub fn rows_of(context: &Context, run: Uuid) -> Vec<(Entry, Progress)> {
     context.state.entries().into_iter().filter(|(entry, _)| entry.run == run).collect()
-}
-
-/// Joins what two rows of one run know of it.
-fn join(older: &mut Progress, newer: Progress) {
-    if newer.prefix.length >= older.prefix.length {
-        older.prefix = newer.prefix;
-    }
-    older.position = older.position.max(newer.position);
-    older.place = newer.place;
-    older.seen_ms = newer.seen_ms;
-    older.fingerprints.extend(newer.fingerprints);
-    older.fingerprints.sort_by_key(|mark| std::cmp::Reverse(mark.offset));
-    older.fingerprints.dedup_by_key(|mark| mark.offset);
 }
 
 /// The folder of a pattern's first part without wildcards.

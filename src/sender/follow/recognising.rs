@@ -1,0 +1,196 @@
+//! What recognition is told, and what it is asked about: known runs, where they are, and which
+//! rotated files were there before us.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+
+use tracing::info;
+use uuid::Uuid;
+
+use super::{FileSource, Follower, Held, Resting};
+use crate::record::{Framing, escape_path, unescape_path};
+use crate::sender::rows::{Attributes, Opening};
+use crate::sender::stream::place;
+use crate::source::files::discovery::has_wildcard;
+use crate::source::files::fingerprint::{FINGERPRINT_BYTES, fingerprint, first_bytes, prefix};
+use crate::source::files::recognition::{self, Decision, Found, Known, Surroundings};
+use crate::source::files::survey::{Scope, Survey, survey};
+use crate::source::files::tail::Inode;
+use crate::state::{Entry, Progress, Stamp};
+
+impl Follower {
+    /// Decides over the files found, and over all rotated files that this brings into play.
+    pub(super) fn recognise(&mut self, found: Vec<Found>) -> io::Result<usize> {
+        let all = self.known();
+        let scope = self.scope(&all, &found);
+        let streaming: HashMap<Inode, Uuid> =
+            self.streams.iter().map(|(run, held)| (held.inode, *run)).collect();
+        let rests = |inode: Inode, stamp: Stamp| {
+            self.resting.get(&inode).is_some_and(|resting| resting.stamp == stamp)
+        };
+        let is_decided = |inode: Inode, stamp: Stamp| {
+            self.copies.get(&inode).is_some_and(|copy| copy.is_decided(stamp))
+        };
+        let is_known = |inode, stamp| {
+            streaming.contains_key(&inode) || rests(inode, stamp) || is_decided(inode, stamp)
+        };
+        let Survey { found, places } = survey(found, &scope, is_known)?;
+        for (inode, (path, stamp)) in &places {
+            if let Some(held) = streaming.get(inode).and_then(|run| self.streams.get_mut(run)) {
+                held.renamed(path);
+            } else if let Some(resting) =
+                self.resting.get_mut(inode).filter(|resting| resting.stamp == *stamp)
+            {
+                resting.path.clone_from(path);
+                self.at_rest.insert(resting.run);
+            }
+        }
+        self.resting.retain(|_, resting| self.at_rest.contains(&resting.run));
+        let (held, lost): (Vec<_>, Vec<_>) =
+            all.into_iter().partition(|known| self.is_held(known.run));
+        let held: Vec<recognition::Held> = held.into_iter().map(|known| self.held(known)).collect();
+        let is_unsurveyed = |number: &usize| {
+            self.context.state.is_unsurveyed(&self.sources[*number].attributes.source.name)
+        };
+        let first_run: Vec<usize> = (0..self.sources.len()).filter(is_unsurveyed).collect();
+        // A file that gets shorter while we look was truncated.
+        let rebooted = self.first && self.context.state.rebooted();
+        let around = Surroundings { lost: &lost, held: &held, first_run: &first_run, rebooted };
+        let decisions = recognition::recognise(found, around)?;
+        let (passed, decisions): (Vec<_>, Vec<_>) =
+            decisions.into_iter().partition(|one| matches!(one, Decision::PassOver { .. }));
+        if !first_run.is_empty() {
+            self.pass_over(&first_run, passed)?;
+        }
+        Ok(self.carry_out(decisions))
+    }
+
+    /// The families of all names that are in play.
+    fn scope(&self, known: &[Known], found: &[Found]) -> Scope {
+        let of_runs = known.iter().filter_map(|known| Some((known.path(), known.source?)));
+        let of_found = found.iter().map(|found| (found.path.clone(), found.source));
+        let mut scope = Scope { bases: of_runs.chain(of_found).collect(), rotated: Vec::new() };
+        for (number, source) in self.sources.iter().enumerate() {
+            if !has_wildcard(&source.pattern) {
+                scope.bases.push((PathBuf::from(&source.pattern), number));
+            }
+            scope.rotated.extend(source.rotated.iter().map(|pattern| (pattern.clone(), number)));
+        }
+        scope
+    }
+
+    /// Notes durably, before anything is followed, which rotated files were there before us.
+    fn pass_over(&mut self, sources: &[usize], passed: Vec<Decision>) -> io::Result<()> {
+        let mut entries = Vec::new();
+        for decision in passed {
+            let Decision::PassOver { mut found } = decision else { continue };
+            let path = escape_path(&found.path);
+            match passed_over(&self.sources[found.source].attributes, &mut found) {
+                Ok(entry) => {
+                    info!(%path, "a rotated file from before the first run: passed over");
+                    if let Some(resting) = resting(&entry) {
+                        self.resting.insert(found.tail.inode(), resting);
+                    }
+                    entries.push(entry);
+                }
+                Err(error) => self.complain(&found.path, format!("cannot be read: {error}"), true),
+            }
+        }
+        let name = |number: &usize| self.sources[*number].attributes.source.name.clone();
+        let names = sources.iter().map(name).collect();
+        self.at_rest.extend(entries.iter().map(|entry| entry.run));
+        self.context.state.pass_over(names, entries)
+    }
+
+    /// Where the file of a run in hand is now. That of a kept copy is gone.
+    fn held(&self, known: Known) -> recognition::Held {
+        let named = |held: &Held| {
+            let metadata = fs::metadata(&held.path).ok();
+            let is_there = metadata.is_some_and(|metadata| Inode::of(&metadata) == held.inode);
+            is_there.then(|| held.path.clone())
+        };
+        let rests = || self.resting.values().find(|resting| resting.run == known.run);
+        let at = match self.streams.get(&known.run) {
+            Some(held) => named(held),
+            None => rests().map(|resting| resting.path.clone()),
+        };
+        recognition::Held { known, at }
+    }
+
+    /// What the state knows of the runs of files.
+    fn known(&self) -> Vec<Known> {
+        let mut runs: HashMap<Uuid, Known> = HashMap::new();
+        for (entry, progress) in self.context.state.entries() {
+            if !matches!(entry.row.framing, Framing::Lines { .. }) {
+                continue;
+            }
+            let named = |source: &FileSource| source.attributes.source.name == entry.row.source;
+            let source = self.sources.iter().position(named);
+            match runs.get_mut(&entry.run) {
+                // Entries come oldest first: a later row knows the place better.
+                Some(known) => join(&mut known.progress, progress),
+                None => {
+                    let opened = entry.row.segment;
+                    runs.insert(entry.run, Known { run: entry.run, source, progress, opened });
+                }
+            }
+        }
+        let mut known: Vec<Known> = runs.into_values().collect();
+        known.sort_by_key(|known| known.opened);
+        known
+    }
+}
+
+/// The row of a file of which nothing is sent but what comes after now. An archive does not grow;
+/// how long it is would be known only after it was unpacked.
+fn passed_over(attributes: &Attributes, found: &mut Found) -> io::Result<Entry> {
+    let stamp = found.tail.stamp()?;
+    let compressed = found.tail.is_compressed();
+    let start = if compressed { 0 } else { stamp.size };
+    let mut entry = attributes.open(
+        Opening {
+            run: Uuid::now_v7(),
+            path: escape_path(&found.path),
+            inode: Some(found.tail.inode()),
+            start,
+            day: found.tail.day()?,
+            framing: Framing::LINES,
+            first_bytes: prefix(&first_bytes(&mut found.tail)?),
+        },
+        None,
+    );
+    let mut progress = Progress::at_start(&entry.row);
+    progress.place = place(&found.tail);
+    progress.place.path.clone_from(&entry.row.path);
+    (progress.size, progress.rest) = (start, Some(stamp));
+    if start > 0 {
+        let from = start.saturating_sub(FINGERPRINT_BYTES as u64);
+        let mut before = Vec::new();
+        found.tail.append_at(from, (start - from) as usize, &mut before)?;
+        progress.advance(fingerprint(start, &before));
+    }
+    entry.passed_over = Some(Box::new(progress));
+    Ok(entry)
+}
+
+fn resting(entry: &Entry) -> Option<Resting> {
+    let progress = entry.passed_over.as_ref()?;
+    let path = unescape_path(&entry.row.path);
+    Some(Resting { stamp: progress.rest?, run: entry.run, path })
+}
+
+/// Joins what two rows of one run know of it.
+fn join(older: &mut Progress, newer: Progress) {
+    if newer.prefix.length >= older.prefix.length {
+        older.prefix = newer.prefix;
+    }
+    older.position = older.position.max(newer.position);
+    older.place = newer.place;
+    older.seen_ms = newer.seen_ms;
+    older.size = older.size.max(newer.size);
+    older.fingerprints.extend(newer.fingerprints);
+    older.fingerprints.sort_by_key(|mark| std::cmp::Reverse(mark.offset));
+    older.fingerprints.dedup_by_key(|mark| mark.offset);
+}

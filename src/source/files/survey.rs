@@ -1,0 +1,118 @@
+//! What lies around the files that a source names: where known files are by now, and rotated
+//! siblings that nobody knows.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use super::discovery::{names, sweep};
+use super::recognition::Found;
+use super::siblings::{base, is_of_family};
+use super::tail::{Inode, Tail};
+use crate::state::Stamp;
+
+/// How often folders are listed anew where files move meanwhile, before it is left to the next
+/// sweep.
+const LISTINGS_MAX: usize = 10;
+
+/// What to look around for.
+#[derive(Debug, Default)]
+pub struct Scope {
+    /// Paths whose families are looked up (of known runs, of files just found, of sources), with
+    /// the number of their source.
+    pub bases: Vec<(PathBuf, usize)>,
+    /// Patterns of further places of rotated files, with the number of their source.
+    pub rotated: Vec<(String, usize)>,
+}
+
+/// What there is.
+#[derive(Debug)]
+pub struct Survey {
+    /// Files to recognise: those that were found before, and their unknown relatives.
+    pub found: Vec<Found>,
+    /// Where each file was listed, and what it looked like.
+    pub places: HashMap<Inode, (PathBuf, Stamp)>,
+}
+
+type Listing = BTreeMap<PathBuf, Listed>;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Listed {
+    inode: Inode,
+    stamp: Stamp,
+    source: usize,
+    elsewhere: bool,
+}
+
+/// Adds relatives to the files found, except those that `is_known` says need no look.
+///
+/// A rotation while we look renames a file from a name that we have not opened yet to one that we
+/// have: the names are listed again afterwards, until nothing has moved.
+pub fn survey(
+    mut found: Vec<Found>,
+    scope: &Scope,
+    is_known: impl Fn(Inode, Stamp) -> bool,
+) -> io::Result<Survey> {
+    let wanted = found.len();
+    for _ in 0..LISTINGS_MAX {
+        let before = list(scope);
+        let mut places: HashMap<Inode, (PathBuf, Stamp)> = HashMap::new();
+        for (path, listed) in &before {
+            places.entry(listed.inode).or_insert_with(|| (path.clone(), listed.stamp));
+            let is_found = found.iter().any(|found| found.tail.inode() == listed.inode);
+            if is_found || is_known(listed.inode, listed.stamp) {
+                continue;
+            }
+            let Ok(tail) = Tail::open(path, false) else { continue };
+            let Listed { source, elsewhere, .. } = *listed;
+            found.push(Found { path: path.clone(), tail, source, wanted: false, elsewhere });
+        }
+        let after = list(scope);
+        let moved = |(path, listed): (&PathBuf, &Listed)| {
+            after.get(path).is_none_or(|now| now.inode != listed.inode)
+        };
+        if before.len() == after.len() && !before.iter().any(moved) {
+            for found in &mut found {
+                if let Some((path, _)) = places.get(&found.tail.inode()) {
+                    found.path.clone_from(path);
+                }
+            }
+            return Ok(Survey { found, places });
+        }
+        found.truncate(wanted);
+    }
+    Err(io::Error::other("files are renamed faster than they can be opened"))
+}
+
+fn list(scope: &Scope) -> Listing {
+    let mut folders: BTreeMap<&Path, BTreeMap<&[u8], usize>> = BTreeMap::new();
+    for (path, source) in scope.bases.iter().filter(|(path, _)| path.is_absolute()) {
+        if let (Some(folder), Some(name)) = (path.parent(), path.file_name()) {
+            folders.entry(folder).or_default().entry(base(name.as_bytes())).or_insert(*source);
+        }
+    }
+    let mut listing = Listing::new();
+    for (pattern, source) in &scope.rotated {
+        for path in sweep(pattern).paths {
+            note(&mut listing, path, *source, true);
+        }
+    }
+    for (folder, families) in folders {
+        for name in names(folder) {
+            let is_member = |(base, _): &(&&[u8], &usize)| is_of_family(base, name.as_bytes());
+            if let Some((_, source)) = families.iter().find(is_member) {
+                note(&mut listing, folder.join(&name), *source, false);
+            }
+        }
+    }
+    listing
+}
+
+fn note(listing: &mut Listing, path: PathBuf, source: usize, elsewhere: bool) {
+    let Ok(metadata) = path.symlink_metadata() else { return };
+    if metadata.is_file() {
+        let (inode, stamp) = (Inode::of(&metadata), Stamp::of(&metadata));
+        listing.entry(path).or_insert(Listed { inode, stamp, source, elsewhere });
+    }
+}
