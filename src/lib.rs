@@ -44,6 +44,7 @@ pub mod protocol;
 
 pub mod backoff;
 pub mod config;
+pub mod descriptors;
 pub mod shutdown;
 pub mod telemetry;
 pub mod tls;

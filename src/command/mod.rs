@@ -23,7 +23,7 @@ use crate::config::{
 };
 use crate::exit::Exit;
 use crate::search::{QueryError, SearchArgs, SearchTarget};
-use crate::{shutdown, telemetry, tls};
+use crate::{descriptors, shutdown, telemetry, tls};
 
 use token::TokenAction;
 
@@ -98,6 +98,9 @@ async fn search(args: cli::Search, environment: Environment) -> anyhow::Result<E
 /// Sets up logging, tells the warnings, and hands out the configuration.
 fn begin<T>(loaded: Loaded<T>) -> T {
     telemetry::init(loaded.log);
+    if let Err(error) = descriptors::raise_limit() {
+        warn!(%error, "the limit of open files stays at its soft value");
+    }
     for warning in &loaded.warnings {
         warn!("{warning}");
     }

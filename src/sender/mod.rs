@@ -18,7 +18,7 @@ mod window;
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -29,6 +29,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use crate::config::{ConnectionConfig, Input, SendConfig, SourceConfig};
+use crate::descriptors;
 use crate::shutdown::Shutdown;
 use crate::spool::{Budget, Spool};
 use crate::state::{State, StateError, machine_identity};
@@ -118,6 +119,8 @@ pub struct Context {
     totals: Totals,
     deferrals: Deferrals,
     kept_bytes: AtomicU64,
+    /// Files wait until others give their descriptors back.
+    crowded: AtomicBool,
     /// Stop reading; wait for receipts.
     stopping: CancellationToken,
     /// Stop waiting.
@@ -242,6 +245,7 @@ pub async fn run(config: SendConfig, shutdown: Shutdown) -> Result<Summary, Send
         totals: Totals::default(),
         deferrals: Deferrals::default(),
         kept_bytes: AtomicU64::new(0),
+        crowded: AtomicBool::new(false),
         stopping: shutdown.token(),
         ending: ending.clone(),
     });
@@ -414,8 +418,9 @@ impl Saver {
         let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
         if said.is_none_or(|at| at.elapsed() >= UNSAVED_INTERVAL) {
             *said = Some(Instant::now());
-            warn!(%error, "positions cannot be saved: after a crash, lines are sent again; free \
-                some space in the state directory");
+            let advice = descriptors::advice(&error)
+                .unwrap_or("make room in the state directory, or mend its disk");
+            warn!(%error, "positions cannot be saved: after a crash, lines are sent again; {advice}");
         }
     }
 }

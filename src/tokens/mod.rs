@@ -21,6 +21,7 @@ use sha2::{Digest as _, Sha256};
 use subtle::ConstantTimeEq as _;
 use thiserror::Error;
 
+use crate::descriptors;
 use crate::record::{DEFAULT_TYPES, SenderId, TypeName};
 
 /// What a token starts with, so that scanners for leaked secrets can know it.
@@ -33,6 +34,14 @@ const HEADER: &str = "\
 # Who may enter here, and a receiver's senders. `waybill token NAME --tokens FILE` adds an entry, and
 # rewrites this file. Edits by hand are taken over within seconds; comments are lost at the next rewrite.
 ";
+
+/// What a person does where a file with a token cannot be read; `peer` is where tokens are minted.
+pub fn file_advice(error: &io::Error, peer: &str) -> String {
+    match descriptors::advice(error) {
+        Some(advice) => advice.to_owned(),
+        None => format!("mint a token at the {peer} with `waybill token NAME`"),
+    }
+}
 
 /// SHA-256 of a token.
 pub type TokenHash = [u8; 32];
@@ -369,6 +378,13 @@ mod hexadecimal {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn too_many_open_files_are_no_lack_of_a_token() {
+        let advice = |number| file_advice(&io::Error::from_raw_os_error(number), "receiver");
+        assert!(advice(libc::EMFILE).contains("LimitNOFILE"));
+        assert!(advice(libc::ENOENT).contains("waybill token"));
+    }
 
     fn file() -> (tempfile::TempDir, PathBuf) {
         let dir = tempfile::tempdir().expect("tempdir");

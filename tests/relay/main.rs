@@ -8,6 +8,7 @@ mod configuration;
 mod crash;
 mod demo;
 mod dependencies;
+mod descriptors;
 mod dialled;
 mod disk;
 mod elasticsearch;
