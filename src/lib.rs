@@ -61,6 +61,8 @@ pub mod transport;
 pub mod receiver;
 pub mod sender;
 
+pub mod import;
+
 pub mod cli;
 pub mod command;
 pub mod exit;

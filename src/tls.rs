@@ -12,11 +12,14 @@ use rustls::RootCertStore;
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::WebPkiClientVerifier;
+use rustls::server::danger::ClientCertVerifier;
 pub use rustls::{ClientConfig, ServerConfig};
+use sha2::{Digest as _, Sha256};
 use thiserror::Error;
 use tracing::warn;
 
-use crate::config::ServerTls;
+use crate::config::Identity;
 
 /// What is wrong with a certificate, a key or a CA file.
 #[derive(Debug, Error)]
@@ -53,7 +56,7 @@ pub enum TlsError {
     },
     /// Certificate and key are not a pair.
     #[error(
-        "key {key:?} does not belong to certificate {certificate:?}; the chain's first must be the server's own"
+        "key {key:?} does not belong to certificate {certificate:?}; the chain's first must be its own"
     )]
     Mismatch {
         /// Path of the certificate.
@@ -84,17 +87,27 @@ pub fn install_provider() {
     let _ = rustls::crypto::ring::default_provider().install_default();
 }
 
-/// For dialling: trusts the authorities in `ca` (PEM), else the machine's own.
-pub fn client_config(ca: Option<&Path>) -> Result<Arc<ClientConfig>, TlsError> {
+/// For dialling: trusts the authorities in `ca` (PEM), else the machine's own, and presents the
+/// certificate of `identity` to servers that ask for one.
+pub fn client_config(
+    ca: Option<&Path>,
+    identity: Option<&Identity>,
+) -> Result<Arc<ClientConfig>, TlsError> {
     let roots = match ca {
         Some(file) => roots_of(file)?,
         None => native_roots()?,
     };
-    let mut config = ClientConfig::builder_with_provider(provider())
+    let builder = ClientConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()
         .map_err(TlsError::Setup)?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
+        .with_root_certificates(roots);
+    let mut config = match identity {
+        None => builder.with_no_client_auth(),
+        Some(files) => {
+            let (chain, key) = pair(files)?;
+            builder.with_client_auth_cert(chain, key).map_err(|error| pair_fault(files, error))?
+        }
+    };
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(Arc::new(config))
 }
@@ -125,8 +138,28 @@ fn native_roots() -> Result<RootCertStore, TlsError> {
 }
 
 /// For listening to WebSockets: HTTP/1.1 is announced (RFC 7301).
-pub fn server_config(files: &ServerTls) -> Result<Arc<ServerConfig>, TlsError> {
-    let mut config = certified(files)?;
+///
+/// With `client_ca` (PEM) peers are asked for a certificate. One that these authorities did not
+/// sign ends the handshake; a peer without any goes on, and what it may do is decided elsewhere.
+pub fn server_config(
+    files: &Identity,
+    client_ca: Option<&Path>,
+) -> Result<Arc<ServerConfig>, TlsError> {
+    let clients = match client_ca {
+        None => WebPkiClientVerifier::no_client_auth(),
+        Some(file) => {
+            let roots = Arc::new(roots_of(file)?);
+            WebPkiClientVerifier::builder_with_provider(roots, provider())
+                .allow_unauthenticated()
+                .build()
+                .map_err(|error| TlsError::Broken {
+                    what: "CA file",
+                    file: file.to_owned(),
+                    reason: error.to_string(),
+                })?
+        }
+    };
+    let mut config = certified(files, clients)?;
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(Arc::new(config))
 }
@@ -140,8 +173,9 @@ pub type ServerStream<S> = tokio_rustls::server::TlsStream<S>;
 
 impl Acceptor {
     /// With this certificate, for peers of TLS 1.2 or 1.3.
-    pub fn new(files: &ServerTls) -> Result<Acceptor, TlsError> {
-        certified(files).map(|config| Acceptor(Arc::new(config).into()))
+    pub fn new(files: &Identity) -> Result<Acceptor, TlsError> {
+        let clients = WebPkiClientVerifier::no_client_auth();
+        certified(files, clients).map(|config| Acceptor(Arc::new(config).into()))
     }
 
     /// Does the handshake, which the caller bounds in time.
@@ -163,9 +197,24 @@ impl std::fmt::Debug for Acceptor {
     }
 }
 
-/// A certificate whose time is over is served all the same, with a warning: its clients say what
-/// is wrong, and those that trust it anyway go on working.
-fn certified(files: &ServerTls) -> Result<ServerConfig, TlsError> {
+fn certified(
+    files: &Identity,
+    clients: Arc<dyn ClientCertVerifier>,
+) -> Result<ServerConfig, TlsError> {
+    let (chain, key) = pair(files)?;
+    ServerConfig::builder_with_provider(provider())
+        .with_safe_default_protocol_versions()
+        .map_err(TlsError::Setup)?
+        .with_client_cert_verifier(clients)
+        .with_single_cert(chain, key)
+        .map_err(|error| pair_fault(files, error))
+}
+
+/// A certificate whose time is over is shown all the same, with a warning: its peers say what is
+/// wrong, and those that trust it anyway go on working.
+fn pair(
+    files: &Identity,
+) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), TlsError> {
     let chain = certificates("certificate", &files.certificate)?;
     let key = private_key(&files.key)?;
     let now = Timestamp::try_from(SystemTime::now()).unwrap_or(Timestamp::MAX);
@@ -173,15 +222,14 @@ fn certified(files: &ServerTls) -> Result<ServerConfig, TlsError> {
     if let Some(expired) = end.filter(|end| *end < now) {
         warn!(
             certificate = ?files.certificate, %expired,
-            "the certificate has expired and senders refuse it: renew it, then restart"
+            "the certificate has expired and peers refuse it: renew it, then restart"
         );
     }
-    let config = ServerConfig::builder_with_provider(provider())
-        .with_safe_default_protocol_versions()
-        .map_err(TlsError::Setup)?
-        .with_no_client_auth()
-        .with_single_cert(chain, key);
-    config.map_err(|error| match error {
+    Ok((chain, key))
+}
+
+fn pair_fault(files: &Identity, error: rustls::Error) -> TlsError {
+    match error {
         rustls::Error::InconsistentKeys(_) => {
             TlsError::Mismatch { certificate: files.certificate.clone(), key: files.key.clone() }
         }
@@ -191,7 +239,25 @@ fn certified(files: &ServerTls) -> Result<ServerConfig, TlsError> {
             reason: fault.to_string(),
         },
         other => TlsError::Setup(other),
-    })
+    }
+}
+
+/// SHA-256 of a certificate's DER, as `openssl x509 -fingerprint -sha256` prints it.
+pub type Fingerprint = [u8; 32];
+
+/// The fingerprint of a certificate in DER.
+pub fn fingerprint(certificate: &[u8]) -> Fingerprint {
+    Sha256::digest(certificate).into()
+}
+
+/// The fingerprint of the first certificate in a PEM text; `None` where there is none.
+pub fn fingerprint_of_pem(pem: &[u8]) -> Option<Fingerprint> {
+    CertificateDer::from_pem_slice(pem).ok().map(|certificate| fingerprint(&certificate))
+}
+
+/// The fingerprint of the first certificate in a PEM file.
+pub fn fingerprint_of_file(file: &Path) -> Result<Fingerprint, TlsError> {
+    certificates("certificate", file).map(|chain| fingerprint(&chain[0]))
 }
 
 fn read(what: &'static str, file: &Path) -> Result<Vec<u8>, TlsError> {
@@ -289,7 +355,7 @@ pub(crate) async fn dial_for_test(
     address: &str,
     authority: &Path,
 ) -> tokio_rustls::client::TlsStream<tokio::net::TcpStream> {
-    let config = client_config(Some(authority)).expect("a configuration");
+    let config = client_config(Some(authority), None).expect("a configuration");
     let stream = tokio::net::TcpStream::connect(address).await.expect("connect");
     let name = rustls::pki_types::ServerName::try_from("localhost").expect("a name");
     tokio_rustls::TlsConnector::from(config).connect(name, stream).await.expect("a handshake")

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::{Elasticsearch, Logging, Receive, Send};
+use super::{Elasticsearch, Logging, Receive, Send, Settings};
 use crate::config::{
     At, ConfigError, DialLayer, ElasticsearchLayer, Environment, Listen, LogLayer, Place, Problem,
     ReceiptsTarget, ReceiveLayer, SendLayer, SourceLayer, SourceSettings, StoreLayer,
@@ -41,11 +41,9 @@ impl Logging {
     }
 }
 
-impl Send {
-    /// The layer of these flags; the error names arguments that cannot be files.
-    pub fn layer(self, environment: &Environment) -> Result<SendLayer, ConfigError> {
-        let base = &environment.current_dir;
-        let settings = SourceSettings {
+impl Settings {
+    fn layer(self) -> SourceSettings {
+        SourceSettings {
             type_name: flag("--type", self.type_name),
             tags: flags("--tag", self.tag),
             labels: flags("--label", self.label),
@@ -53,7 +51,15 @@ impl Send {
             timezone: flag("--timezone", self.timezone),
             start: flag("--start", self.start),
             follow_symlinks: switch("--follow-symlinks", self.follow_symlinks),
-        };
+        }
+    }
+}
+
+impl Send {
+    /// The layer of these flags; the error names arguments that cannot be files.
+    pub fn layer(self, environment: &Environment) -> Result<SendLayer, ConfigError> {
+        let base = &environment.current_dir;
+        let settings = self.settings.layer();
         let mut inputs = Vec::new();
         let mut problems = Vec::new();
         for argument in self.files {
@@ -119,6 +125,8 @@ impl Send {
             tokens: flag("--tokens", self.tokens.map(|path| base.join(path))),
             proxy: flag("--proxy", self.proxy),
             rate_limit: flag("--rate-limit", self.rate_limit),
+            cert: flag("--cert", self.cert.map(|path| base.join(path))),
+            key: flag("--key", self.key.map(|path| base.join(path))),
             state_dir: flag("--state-dir", self.state_dir.map(|path| base.join(path))),
             sources: inputs
                 .into_iter()
@@ -172,6 +180,8 @@ impl Receive {
             dials: dials.map(|(sender, url)| DialLayer::flag(sender, url)).collect(),
             token_file: flag("--token-file", self.token_file.map(|path| base.join(path))),
             ca: flag("--ca", self.ca.map(|path| base.join(path))),
+            client_ca: flag("--client-ca", self.client_ca.map(|path| base.join(path))),
+            trust_client_headers: switch("--trust-client-headers", self.trust_client_headers),
             tokens: flag("--tokens", self.tokens.map(|path| base.join(path))),
             elasticsearch: ElasticsearchLayer {
                 dead_letter_index: flag("--dead-letter-index", self.dead_letter_index),
@@ -279,7 +289,8 @@ mod tests {
                 let secret = ["token", "password", "key", "secret", "user"]
                     .iter()
                     .any(|word| name.contains(word));
-                let path = ["file", "tokens", "tls-key"].iter().any(|word| name.contains(word));
+                let path = ["file", "tokens", "tls-key"].iter().any(|word| name.contains(word))
+                    || name == "key";
                 assert!(!secret || path, "--{name} of {}", command.get_name());
             }
         }

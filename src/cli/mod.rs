@@ -4,6 +4,7 @@
 //! a key of a file mean the same.
 
 mod generate;
+mod import;
 mod layers;
 
 use std::ffi::OsString;
@@ -17,6 +18,7 @@ use crate::config::{Endpoint, Listen, LogFormat, LogLevel, ProxySetting, Start, 
 use crate::record::{Format, IndexRule, TypeName};
 
 pub use generate::generate;
+pub use import::Import;
 
 /// The whole command line.
 #[derive(Debug, Parser)]
@@ -44,6 +46,8 @@ pub enum Command {
     Receive(Box<Receive>),
     /// Check a configuration and all that it needs, and say how to mend it.
     Check(Check),
+    /// Take over the positions of Filebeat or Logstash, so that 'send' goes on where it ended.
+    Import(Import),
     /// Make, rotate, revoke and list the tokens that senders present.
     Token(Token),
     /// Find lines in the embedded store or in Elasticsearch.
@@ -132,6 +136,12 @@ pub struct Send {
     /// Most bytes per second to write, such as 64KiB, for a thin line [default: no limit]
     #[arg(long, value_name = "SIZE", value_parser = value::size, help_heading = "Receiver")]
     pub rate_limit: Option<u64>,
+    /// PEM file with the client certificate to present, chain included; read anew at each connection
+    #[arg(long, value_name = "PEM", help_heading = "Receiver")]
+    pub cert: Option<PathBuf>,
+    /// PEM file with its key
+    #[arg(long, value_name = "PEM", help_heading = "Receiver")]
+    pub key: Option<PathBuf>,
     /// Compress frames with zstd where the receiver can: saves traffic, costs processor time
     #[arg(long, help_heading = "Receiver")]
     pub compress: bool,
@@ -181,31 +191,12 @@ pub struct Send {
     /// Answer supervisor's events on standard input and output, as an [eventlistener:…] does
     #[arg(long, help_heading = "Sources")]
     pub supervisor_events: bool,
-    /// Where files start that are there at the first run: beginning or end [default: beginning]
-    #[arg(long, value_name = "WHERE", value_parser = value::start, help_heading = "Sources")]
-    pub start: Option<Start>,
-    /// Follow symbolic links, which are refused otherwise
-    #[arg(long, help_heading = "Sources")]
-    pub follow_symlinks: bool,
+    /// What is said of all of them.
+    #[command(flatten)]
+    pub settings: Settings,
 
-    /// Type of the lines, part of the index name: a-z, 0-9, '_', '-' [default: default]
-    #[arg(long = "type", value_name = "TYPE", value_parser = value::type_name, help_heading = "Lines")]
-    pub type_name: Option<TypeName>,
-    /// Tag of each document; may be repeated
-    #[arg(long, value_name = "TAG", value_parser = value::tag, help_heading = "Lines")]
-    pub tag: Vec<String>,
-    /// Label of each document; may be repeated
-    #[arg(long, value_name = "KEY=VALUE", value_parser = value::label, help_heading = "Lines")]
-    pub label: Vec<(String, String)>,
-    /// How lines are parsed: auto, json, syslog or raw [default: auto]
-    #[arg(long, value_name = "FORMAT", value_parser = value::format, help_heading = "Lines")]
-    pub format: Option<Format>,
-    /// Zone of timestamps that name none, such as Europe/Berlin [default: this machine's]
-    #[arg(long, value_name = "ZONE", value_parser = value::timezone, help_heading = "Lines")]
-    pub timezone: Option<String>,
-
-    /// Send what is there now, wait for every receipt, and end: 1 if a line was parked or failed.
-    /// An absent receiver or Elasticsearch is waited for without end
+    /// Send what is there now, wait for every receipt, and end: 1 if a line was parked or failed;
+    /// for files and '-' only. An absent receiver or Elasticsearch is waited for without end
     #[arg(long, help_heading = "Running")]
     pub once: bool,
     /// How long --once tries lines again that their index refuses; then it ends with 1, and the next
@@ -234,6 +225,33 @@ pub struct Send {
     /// Logging.
     #[command(flatten)]
     pub logging: Logging,
+}
+
+/// What the command line says of all files and sockets that it names.
+#[derive(Debug, Default, Args)]
+pub struct Settings {
+    /// Where files start that are there at the first run: beginning or end [default: beginning]
+    #[arg(long, value_name = "WHERE", value_parser = value::start, help_heading = "Sources")]
+    pub start: Option<Start>,
+    /// Follow symbolic links, which are refused otherwise
+    #[arg(long, help_heading = "Sources")]
+    pub follow_symlinks: bool,
+
+    /// Type of the lines, part of the index name: a-z, 0-9, '_', '-' [default: default]
+    #[arg(long = "type", value_name = "TYPE", value_parser = value::type_name, help_heading = "Lines")]
+    pub type_name: Option<TypeName>,
+    /// Tag of each document; may be repeated
+    #[arg(long, value_name = "TAG", value_parser = value::tag, help_heading = "Lines")]
+    pub tag: Vec<String>,
+    /// Label of each document; may be repeated
+    #[arg(long, value_name = "KEY=VALUE", value_parser = value::label, help_heading = "Lines")]
+    pub label: Vec<(String, String)>,
+    /// How lines are parsed: auto, json, syslog or raw [default: auto]
+    #[arg(long, value_name = "FORMAT", value_parser = value::format, help_heading = "Lines")]
+    pub format: Option<Format>,
+    /// Zone of timestamps that name none, such as Europe/Berlin [default: this machine's]
+    #[arg(long, value_name = "ZONE", value_parser = value::timezone, help_heading = "Lines")]
+    pub timezone: Option<String>,
 }
 
 /// How Elasticsearch is reached, the same for each command.
@@ -313,6 +331,14 @@ pub struct Receive {
     /// PEM file with its key
     #[arg(long, value_name = "PEM", help_heading = "TLS")]
     pub tls_key: Option<PathBuf>,
+    /// PEM file of the authorities whose client certificates are taken; entries of the tokens file
+    /// may ask for one
+    #[arg(long, value_name = "PEM", help_heading = "TLS")]
+    pub client_ca: Option<PathBuf>,
+    /// Believe what the proxy says of client certificates in X-Client-Verify and
+    /// X-Client-Certificate; with --listen unix:PATH only
+    #[arg(long, help_heading = "TLS")]
+    pub trust_client_headers: bool,
     /// DANGER: take plain ws:// from other machines; tokens and lines can be read on the way
     #[arg(long, help_heading = "TLS")]
     pub insecure_plaintext: bool,
@@ -412,6 +438,7 @@ identities, and the sender's lists the receiver, for its token.")]
 Examples:
   waybill token web-1 --tokens /etc/waybill/tokens.toml > token
   waybill token web-1 --tokens /etc/waybill/tokens.toml --types nginx,syslog --expires 365d
+  waybill token web-1 --tokens /etc/waybill/tokens.toml --certificate web-1.pem > token
   waybill token web-1 --tokens /etc/waybill/tokens.toml --rotate > token
   waybill token web-1 --tokens /etc/waybill/tokens.toml --revoke
   waybill token --tokens /etc/waybill/tokens.toml --list")]
@@ -425,6 +452,10 @@ pub struct Token {
     /// Types that its lines may have, with commas [default: default,nginx,syslog,supervisor,app]
     #[arg(long, value_name = "TYPE,…", value_delimiter = ',', value_parser = value::type_name)]
     pub types: Vec<TypeName>,
+    /// PEM file of a client certificate that must come with the token; may be repeated, so that one
+    /// can follow another
+    #[arg(long, value_name = "PEM")]
+    pub certificate: Vec<PathBuf>,
     /// When it stops working: from now on, such as 90d
     #[arg(long, value_name = "TIME", value_parser = value::duration)]
     pub expires: Option<Duration>,
@@ -432,10 +463,10 @@ pub struct Token {
     #[arg(long, conflicts_with_all = ["revoke", "list"])]
     pub rotate: bool,
     /// Let nobody in with this name's token any more
-    #[arg(long, conflicts_with_all = ["list", "types", "expires"])]
+    #[arg(long, conflicts_with_all = ["list", "types", "certificate", "expires"])]
     pub revoke: bool,
     /// Show names, types and ends
-    #[arg(long, conflicts_with_all = ["name", "types", "expires"])]
+    #[arg(long, conflicts_with_all = ["name", "types", "certificate", "expires"])]
     pub list: bool,
 }
 

@@ -4,6 +4,7 @@
 
 pub mod check;
 pub mod demo;
+pub mod import;
 pub mod receive;
 pub mod search;
 pub mod send;
@@ -23,6 +24,7 @@ use crate::config::{
 };
 use crate::exit::Exit;
 use crate::search::{QueryError, SearchArgs, SearchTarget};
+use crate::tokens::Terms;
 use crate::{descriptors, shutdown, telemetry, tls};
 
 use token::TokenAction;
@@ -38,6 +40,7 @@ pub fn run(cli: Cli) -> Exit {
         Command::Send(args) => with_runtime(send::run(*args, environment)),
         Command::Receive(args) => with_runtime(receive(*args, environment)),
         Command::Check(args) => with_runtime(check::run(args, environment)),
+        Command::Import(args) => import::run(args, &environment),
         Command::Token(args) => token(args, &environment),
         Command::Search(args) => with_runtime(search(args, environment)),
         Command::Setup(args) => with_runtime(setup::run(args, environment)),
@@ -62,10 +65,16 @@ fn token(args: cli::Token, environment: &Environment) -> anyhow::Result<Exit> {
         .expires
         .and_then(|from_now| SystemTime::now().checked_add(from_now))
         .and_then(|end| Timestamp::try_from(end).ok());
+    let certificates: Result<Vec<_>, _> = args
+        .certificate
+        .iter()
+        .map(|file| tls::fingerprint_of_file(&environment.current_dir.join(file)))
+        .collect();
+    let terms = Terms { types, certificates: certificates?, expires };
     let action = match args.name {
-        Some(name) if args.rotate => TokenAction::Rotate { name, types, expires },
+        Some(name) if args.rotate => TokenAction::Rotate { name, terms },
         Some(name) if args.revoke => TokenAction::Revoke { name },
-        Some(name) => TokenAction::Mint { name, types, expires },
+        Some(name) => TokenAction::Mint { name, terms },
         None => TokenAction::List,
     };
     token::run(&file, action)?;

@@ -20,7 +20,8 @@ const DESTINATION_TIMEOUT: Duration = Duration::from_secs(10);
 /// Serves until `shutdown`, then drains. Errors are those of the start (files, certificates, the
 /// address, the store), and a destination that ended by itself.
 pub async fn run(config: ReceiveConfig, shutdown: Shutdown) -> anyhow::Result<()> {
-    let tls = config.tls.as_ref().map(tls::server_config).transpose()?;
+    let client_ca = config.client_ca.as_deref();
+    let tls = config.tls.as_ref().map(|files| tls::server_config(files, client_ca)).transpose()?;
     let destination = Destination::open(&config.destination)?;
     let queue = Arc::new(Queue::default());
     let receiver = Receiver::new(&config, &destination, Arc::clone(&queue), shutdown.clone())?;
@@ -66,6 +67,8 @@ mod tests {
             listen: Some(Listen::Unix(dir.path().join("waybill.sock"))),
             tls: None,
             dials: Vec::new(),
+            client_ca: None,
+            trust_client_headers: false,
             tokens: dir.path().join("tokens.toml"),
             destination: DestinationConfig::Embedded(EmbeddedConfig {
                 file: dir.path().join("store.sqlite"),
@@ -85,7 +88,7 @@ mod tests {
     async fn it_ends_with_the_shutdown_and_leaves_no_socket() {
         let dir = tempfile::tempdir().expect("tempdir");
         let config = config(&dir);
-        tokens::mint(&config.tokens, "web-1", None, None).expect("mint");
+        tokens::mint(&config.tokens, "web-1", tokens::Terms::default()).expect("mint");
         let shutdown = Shutdown::new();
         let running = tokio::spawn(run(config, shutdown.clone()));
         let socket = dir.path().join("waybill.sock");

@@ -1,5 +1,7 @@
 //! `waybill send`: configuration, logging, signals, and the sender's run.
 
+use tracing::info;
+
 use crate::cli;
 use crate::config::{Environment, load_send};
 use crate::exit::Exit;
@@ -12,5 +14,16 @@ pub async fn run(args: cli::Send, environment: Environment) -> anyhow::Result<Ex
     let config = super::begin(loaded);
     let once = config.once;
     let summary = sender::run(config, shutdown::install()).await?;
+    info!(
+        stored = summary.stored,
+        already = summary.already,
+        skipped = summary.skipped,
+        parked = summary.parked,
+        sent_bytes = summary.sent_bytes,
+        resent_bytes = summary.resent_bytes,
+        lost_bytes = summary.lost_bytes,
+        lost_datagrams = summary.lost_datagrams,
+        "ended"
+    );
     Ok(if once && !summary.complete { Exit::Failed } else { Exit::Done })
 }

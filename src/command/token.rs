@@ -5,8 +5,7 @@ use std::path::Path;
 
 use jiff::Timestamp;
 
-use crate::record::TypeName;
-use crate::tokens::{self, Tokens};
+use crate::tokens::{self, Terms, Tokens};
 
 /// What to do with a tokens file.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -15,19 +14,15 @@ pub enum TokenAction {
     Mint {
         /// The sender's name.
         name: String,
-        /// Types it may use; `None` means the default ones.
-        types: Option<Vec<TypeName>>,
-        /// When it ends.
-        expires: Option<Timestamp>,
+        /// What goes with it.
+        terms: Terms,
     },
     /// Another token for a known sender; the old one ends.
     Rotate {
         /// The sender's name.
         name: String,
-        /// Types it may use from now on; `None` leaves them.
-        types: Option<Vec<TypeName>>,
-        /// When the new one ends.
-        expires: Option<Timestamp>,
+        /// What goes with it from now on.
+        terms: Terms,
     },
     /// The end of a sender's token.
     Revoke {
@@ -43,11 +38,11 @@ pub enum TokenAction {
 pub fn run(file: &Path, action: TokenAction) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     match action {
-        TokenAction::Mint { name, types, expires } => {
-            writeln!(out, "{}", tokens::mint(file, &name, types, expires)?)?;
+        TokenAction::Mint { name, terms } => {
+            writeln!(out, "{}", tokens::mint(file, &name, terms)?)?;
         }
-        TokenAction::Rotate { name, types, expires } => {
-            writeln!(out, "{}", tokens::rotate(file, &name, types, expires)?)?;
+        TokenAction::Rotate { name, terms } => {
+            writeln!(out, "{}", tokens::rotate(file, &name, terms)?)?;
         }
         TokenAction::Revoke { name } => {
             tokens::revoke(file, &name)?;
@@ -73,8 +68,12 @@ fn list(tokens: &Tokens, now: Timestamp) -> String {
             (None, None) => "valid".to_owned(),
         };
         let types: Vec<String> = entry.allowed_types().into_iter().map(String::from).collect();
+        let certificates = match entry.certificates.len() {
+            0 => String::new(),
+            count => format!("  certificates {count}"),
+        };
         text.push_str(&format!(
-            "{:width$}  {}  created {:.0}  {state}  types {}\n",
+            "{:width$}  {}  created {:.0}  {state}  types {}{certificates}\n",
             name(entry),
             entry.id,
             entry.created,
@@ -87,22 +86,26 @@ fn list(tokens: &Tokens, now: Timestamp) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::record::TypeName;
 
     #[test]
     fn the_list_shows_every_state_and_no_hash() {
         let dir = tempfile::tempdir().expect("tempdir");
         let file = dir.path().join("tokens.toml");
         let end = Timestamp::now() + jiff::SignedDuration::from_secs(3600);
-        tokens::mint(&file, "a", None, None).expect("mint");
-        tokens::mint(&file, "ends", None, Some(end)).expect("mint");
-        tokens::mint(&file, "gone", Some(vec![TypeName::default()]), None).expect("mint");
+        tokens::mint(&file, "a", Terms::default()).expect("mint");
+        tokens::mint(&file, "ends", Terms { expires: Some(end), ..Terms::default() })
+            .expect("mint");
+        let types = Some(vec![TypeName::default()]);
+        let terms = Terms { types, certificates: vec![[7; 32]], ..Terms::default() };
+        tokens::mint(&file, "gone", terms).expect("mint");
         tokens::revoke(&file, "gone").expect("revoke");
         let loaded = Tokens::load(&file).expect("load");
         let text = list(&loaded, end);
         let lines: Vec<&str> = text.lines().collect();
         assert!(lines[0].starts_with("\"a\"     ") && lines[0].contains("  valid  "), "{text}");
         assert!(lines[1].contains("expired") && lines[2].contains("revoked"), "{text}");
-        assert!(lines[2].ends_with("types default"), "{text}");
+        assert!(lines[2].ends_with("types default  certificates 1"), "{text}");
         assert!(list(&loaded, Timestamp::UNIX_EPOCH).contains("valid until"), "{text}");
     }
 }

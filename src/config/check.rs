@@ -6,6 +6,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use super::Identity;
 use super::problem::{At, Findings, Place};
 use super::value::ValueError;
 
@@ -180,6 +181,33 @@ pub(super) fn key_file(at: &At<PathBuf>, findings: &mut Findings) {
     if others {
         let path = at.value.display();
         findings.warning(&at.place, &format!("every user can read {path}: chmod 600 {path}"));
+    }
+}
+
+/// A certificate with its key, or neither; `names` are what to give for each.
+pub(super) fn identity(
+    certificate: Option<At<PathBuf>>,
+    key: Option<At<PathBuf>>,
+    names: (&str, &str),
+    findings: &mut Findings,
+) -> Option<Identity> {
+    match (certificate, key) {
+        (Some(certificate), Some(key)) => {
+            pem_file(&certificate, "CERTIFICATE", findings);
+            key_file(&key, findings);
+            Some(Identity { certificate: certificate.value, key: key.value })
+        }
+        (Some(certificate), None) => {
+            let message = format!("a certificate needs its key: give {}", names.1);
+            findings.problem(&certificate.place, message);
+            None
+        }
+        (None, Some(key)) => {
+            let message = format!("a key needs its certificate: give {}", names.0);
+            findings.problem(&key.place, message);
+            None
+        }
+        (None, None) => None,
     }
 }
 

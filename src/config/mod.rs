@@ -34,7 +34,7 @@ pub use receive::{
     DEAD_LETTER_INDEX, ElasticsearchLayer, ReceiveLayer, StoreLayer, default_store,
     load_elasticsearch, load_receive,
 };
-pub use send::{SendLayer, load_send};
+pub use send::{SendLayer, load_import, load_send};
 pub use source::{SourceLayer, SourceSettings, SyslogSettings, TypedInput, file_argument};
 
 /// A checked configuration.
@@ -99,6 +99,8 @@ pub struct DialConfig {
     pub token_file: PathBuf,
     /// PEM file of the authorities to trust instead of the machine's own.
     pub ca: Option<PathBuf>,
+    /// Client certificate to present; read anew at each connection.
+    pub identity: Option<Identity>,
     /// Close a connection that was idle for so long; `None` keeps it.
     pub idle_close: Option<Duration>,
 }
@@ -109,9 +111,18 @@ pub struct ListenConfig {
     /// Where it listens.
     pub listen: Listen,
     /// Certificate chain and key, both PEM; `None` means plain WebSocket.
-    pub tls: Option<ServerTls>,
+    pub tls: Option<Identity>,
     /// The tokens file with the receivers that may enter; read anew whenever it changes.
     pub tokens: PathBuf,
+}
+
+/// What `waybill import` needs to know of a sender.
+#[derive(Clone, Debug)]
+pub struct ImportConfig {
+    /// Where the durable state lies.
+    pub state_dir: PathBuf,
+    /// What the sender reads.
+    pub sources: Vec<SourceConfig>,
 }
 
 /// One `[[source]]`.
@@ -184,7 +195,7 @@ pub enum Input {
         /// Where it listens.
         address: SocketAddr,
         /// Its certificate; `None` means plain TCP.
-        tls: Option<ServerTls>,
+        tls: Option<Identity>,
     },
 }
 
@@ -244,9 +255,13 @@ pub struct ReceiveConfig {
     /// Where it listens; `None` where it only dials.
     pub listen: Option<Listen>,
     /// Certificate chain and key, both PEM; `None` means plain WebSocket.
-    pub tls: Option<ServerTls>,
+    pub tls: Option<Identity>,
     /// Senders that it dials.
     pub dials: Vec<DialledSender>,
+    /// PEM file of the authorities whose client certificates are taken (with `tls`).
+    pub client_ca: Option<PathBuf>,
+    /// Believe what the proxy before a Unix socket says of client certificates.
+    pub trust_client_headers: bool,
     /// The tokens file; read anew whenever it changes.
     pub tokens: PathBuf,
     /// Where documents go.
@@ -287,10 +302,10 @@ pub enum Listen {
     Unix(PathBuf),
 }
 
-/// A server's certificate and key.
+/// What one side shows of itself over TLS.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct ServerTls {
-    /// PEM file with the chain.
+pub struct Identity {
+    /// PEM file with the certificate chain, its own first.
     pub certificate: PathBuf,
     /// PEM file with the key.
     pub key: PathBuf,

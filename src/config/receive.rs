@@ -13,7 +13,7 @@ use super::source::either;
 use super::value;
 use super::{
     DestinationConfig, ElasticsearchAuth, ElasticsearchConfig, EmbeddedConfig, Environment, Listen,
-    Loaded, ReceiveConfig, ServerTls,
+    Loaded, ReceiveConfig,
 };
 use crate::protocol::FRAME_BYTES_MAX;
 use crate::record::IndexRule;
@@ -52,6 +52,10 @@ pub struct ReceiveLayer {
     pub token_file: Option<At<PathBuf>>,
     /// `--ca`, `ca`.
     pub ca: Option<At<PathBuf>>,
+    /// `--client-ca`, `client_ca`.
+    pub client_ca: Option<At<PathBuf>>,
+    /// `--trust-client-headers`, `trust_client_headers`.
+    pub trust_client_headers: Option<At<bool>>,
     /// `--tokens`, `tokens`.
     pub tokens: Option<At<PathBuf>>,
     /// `--elasticsearch` and its companions, `[elasticsearch]`.
@@ -125,6 +129,8 @@ impl ReceiveLayer {
             dials: either(self.dials, under.dials),
             token_file: self.token_file.or(under.token_file),
             ca: self.ca.or(under.ca),
+            client_ca: self.client_ca.or(under.client_ca),
+            trust_client_headers: self.trust_client_headers.or(under.trust_client_headers),
             tokens: self.tokens.or(under.tokens),
             elasticsearch: self.elasticsearch.over(under.elasticsearch),
             store: StoreLayer {
@@ -155,6 +161,8 @@ impl ReceiveLayer {
             dials: table.tables("dial", "dial.", DialLayer::read),
             token_file: table.path("token_file"),
             ca: table.path("ca"),
+            client_ca: table.path("client_ca"),
+            trust_client_headers: table.boolean("trust_client_headers"),
             tokens: table.path("tokens"),
             elasticsearch: table
                 .table("elasticsearch", "elasticsearch.", ElasticsearchLayer::read)
@@ -240,7 +248,8 @@ fn check(
     environment: &Environment,
 ) -> Result<Loaded<ReceiveConfig>, ConfigError> {
     let log = layer.log.check();
-    let tls = check_tls(layer.tls_cert, layer.tls_key, &mut findings);
+    let names = ("--tls-cert FILE (tls_cert)", "--tls-key FILE (tls_key)");
+    let tls = check::identity(layer.tls_cert, layer.tls_key, names, &mut findings);
     let plain_allowed = layer.insecure_plaintext.as_ref().is_some_and(|at| at.value);
     if layer.listen.is_none() && layer.dials.is_empty() {
         findings.missing(
@@ -250,6 +259,20 @@ fn check(
         );
     }
     let listen = check_listen(layer.listen, tls.is_some(), plain_allowed, &mut findings);
+    if let Some(at) = &layer.client_ca {
+        check::pem_file(at, "CERTIFICATE", &mut findings);
+        if tls.is_none() {
+            let message = "client certificates come with TLS: give --tls-cert and --tls-key too \
+                           (tls_cert, tls_key)";
+            findings.problem(&at.place, message);
+        }
+    }
+    let trust_client_headers = layer.trust_client_headers.filter(|at| at.value);
+    if let (Some(at), Some(Listen::Tcp(_))) = (&trust_client_headers, &listen) {
+        let message = "anybody who reaches a TCP address could forge these headers: let the proxy \
+                       connect to a Unix socket (listen = \"unix:PATH\")";
+        findings.problem(&at.place, message);
+    }
     let dials = dial::check(
         layer.dials,
         dial::Defaults { token_file: layer.token_file, ca: layer.ca },
@@ -274,6 +297,8 @@ fn check(
         listen,
         tls,
         dials,
+        client_ca: layer.client_ca.map(|at| at.value),
+        trust_client_headers: trust_client_headers.is_some(),
         // A missing one was found above, so that this configuration never leaves `finish`.
         tokens: layer.tokens.map(|at| at.value).unwrap_or_default(),
         destination,
@@ -286,35 +311,6 @@ fn check(
     });
     let (config, warnings) = findings.finish(config)?;
     Ok(Loaded { config, log, warnings })
-}
-
-pub(super) fn check_tls(
-    certificate: Option<At<PathBuf>>,
-    key: Option<At<PathBuf>>,
-    findings: &mut Findings,
-) -> Option<ServerTls> {
-    match (certificate, key) {
-        (Some(certificate), Some(key)) => {
-            check::pem_file(&certificate, "CERTIFICATE", findings);
-            check::key_file(&key, findings);
-            Some(ServerTls { certificate: certificate.value, key: key.value })
-        }
-        (Some(certificate), None) => {
-            findings.problem(
-                &certificate.place,
-                "a certificate needs its key: give --tls-key FILE (tls_key)",
-            );
-            None
-        }
-        (None, Some(key)) => {
-            findings.problem(
-                &key.place,
-                "a key needs its certificate: give --tls-cert FILE (tls_cert)",
-            );
-            None
-        }
-        (None, None) => None,
-    }
 }
 
 pub(super) fn check_listen(

@@ -9,12 +9,12 @@ use super::check::{self, LogLayer};
 use super::file::{File, Table};
 use super::problem::{At, ConfigError, Findings, Place};
 use super::proxy::{self, ProxySetting};
-use super::receive::{absolute_listen, check_listen, check_tls};
+use super::receive::{absolute_listen, check_listen};
 use super::source::{self, SourceLayer};
 use super::value;
 use super::{
-    ConnectionConfig, DialConfig, Endpoint, EndpointAddress, Environment, Input, Listen,
-    ListenConfig, Loaded, ReceiptsTarget, SendConfig, SourceConfig,
+    ConnectionConfig, DialConfig, Endpoint, EndpointAddress, Environment, ImportConfig, Input,
+    Listen, ListenConfig, Loaded, ReceiptsTarget, SendConfig, SourceConfig,
 };
 
 /// How long `--once` tries lines again that an index refuses, unless configured.
@@ -57,6 +57,10 @@ pub struct SendLayer {
     pub proxy: Option<At<ProxySetting>>,
     /// `--rate-limit`, `rate_limit`.
     pub rate_limit: Option<At<u64>>,
+    /// `--cert`, `cert`.
+    pub cert: Option<At<PathBuf>>,
+    /// `--key`, `key`.
+    pub key: Option<At<PathBuf>>,
     /// `--state-dir`, `state_dir`.
     pub state_dir: Option<At<PathBuf>>,
     /// Files and sockets, `[[source]]`.
@@ -106,6 +110,8 @@ impl SendLayer {
             tokens: self.tokens.or(under.tokens),
             proxy: self.proxy.or(under.proxy),
             rate_limit: self.rate_limit.or(under.rate_limit),
+            cert: self.cert.or(under.cert),
+            key: self.key.or(under.key),
             state_dir: self.state_dir.or(under.state_dir),
             sources: source::either(self.sources, under.sources),
             once: self.once || under.once,
@@ -136,6 +142,8 @@ impl SendLayer {
             tokens: table.path("tokens"),
             proxy: table.text("proxy", proxy::proxy),
             rate_limit: table.size("rate_limit"),
+            cert: table.path("cert"),
+            key: table.path("key"),
             state_dir: table.path("state_dir"),
             sources: table.tables("source", "source.", SourceLayer::read),
             once: false,
@@ -165,15 +173,39 @@ pub fn load_send(
     file: Option<&Path>,
     environment: &Environment,
 ) -> Result<Loaded<SendConfig>, ConfigError> {
-    let (layer, findings) = match file {
+    let (layer, findings) = lay_over(flags, file, environment)?;
+    check(layer, findings, environment)
+}
+
+/// The same for `waybill import`, which needs neither a receiver nor its token.
+pub fn load_import(
+    flags: SendLayer,
+    file: Option<&Path>,
+    environment: &Environment,
+) -> Result<Loaded<ImportConfig>, ConfigError> {
+    let (layer, mut findings) = lay_over(flags, file, environment)?;
+    let log = layer.log.check();
+    let plain_allowed = layer.insecure_plaintext.as_ref().is_some_and(|at| at.value);
+    let state_dir = check_state_dir(layer.state_dir, environment, &mut findings);
+    let sources = check_sources(layer.sources, false, plain_allowed, environment, &mut findings);
+    let config = state_dir.map(|state_dir| ImportConfig { state_dir, sources });
+    let (config, warnings) = findings.finish(config)?;
+    Ok(Loaded { config, log, warnings })
+}
+
+fn lay_over(
+    flags: SendLayer,
+    file: Option<&Path>,
+    environment: &Environment,
+) -> Result<(SendLayer, Findings), ConfigError> {
+    Ok(match file {
         Some(path) => {
             let (under, findings) =
                 File::open(path, &environment.current_dir)?.walk(SendLayer::read)?;
             (flags.over(under), findings)
         }
         None => (flags, Findings::default()),
-    };
-    check(layer, findings, environment)
+    })
 }
 
 fn check(
@@ -276,11 +308,18 @@ fn check_dialling(
     if let Some(ca) = &ca {
         check::pem_file(ca, "CERTIFICATE", findings);
     }
+    if let Some(at) = layer.cert.as_ref().filter(|_| !to.iter().any(|to| to.value.tls)) {
+        findings
+            .problem(&at.place, "a certificate is shown over wss:// only, and no receiver has it");
+    }
+    let names = ("--cert FILE (cert)", "--key FILE (key)");
+    let identity = check::identity(layer.cert.take(), layer.key.take(), names, findings);
     DialConfig {
         to: to.into_iter().map(|at| at.value).collect(),
         // A missing one was found above, so that this configuration never leaves `finish`.
         token_file: token_file.map(|at| at.value).unwrap_or_default(),
         ca: ca.map(|at| at.value),
+        identity,
         balance: layer.balance.take().is_some_and(|at| at.value),
         idle_close: layer.idle_close.take().map(|at| at.value),
     }
@@ -306,11 +345,16 @@ fn check_listening(
         let message = "only a sender that dials checks a certificate: remove it";
         findings.problem(&ca.place, message);
     }
+    for at in [&layer.cert, &layer.key].into_iter().flatten() {
+        let message = "only a sender that dials shows a client certificate: remove it";
+        findings.problem(&at.place, message);
+    }
     if let Some(idle_close) = &layer.idle_close {
         let message = "a sender that cannot dial keeps its connection: remove it";
         findings.problem(&idle_close.place, message);
     }
-    let tls = check_tls(layer.tls_cert.take(), layer.tls_key.take(), findings);
+    let names = ("--tls-cert FILE (tls_cert)", "--tls-key FILE (tls_key)");
+    let tls = check::identity(layer.tls_cert.take(), layer.tls_key.take(), names, findings);
     let listen = check_listen(layer.listen.take(), tls.is_some(), plain_allowed, findings);
     let tokens = layer.tokens.take();
     check::tokens_file(tokens.as_ref(), findings);
@@ -400,6 +444,11 @@ fn check_sources(
         let place = layer.place.clone();
         let input_place = layer.inputs.first().map_or(&place, |at| &at.place).clone();
         let Some(source) = layer.check(once, environment, findings) else { continue };
+        if once && !matches!(source.input, Input::Files { .. } | Input::Stdin) {
+            let message = "--once sends what is there and ends, and a listener has no end: leave \
+                           out --once, or name files or '-' instead";
+            findings.problem(&input_place, message);
+        }
         if let Input::HttpIntake { address } = source.input {
             check_intake(address, plain_allowed, &input_place, findings);
         }

@@ -9,7 +9,7 @@ use super::check;
 use super::file::Table;
 use super::problem::{At, Findings, Place};
 use super::value::{self, ValueError};
-use super::{Environment, Input, ServerTls, SourceConfig, Start};
+use super::{Environment, Identity, Input, SourceConfig, Start};
 use crate::record::{Format, TAGS_BYTES_MAX, TAGS_MAX, TypeName, bytes_of_tags, escape_path};
 
 /// Permission bits of a socket unless configured: every local program may log, as with `/dev/log`.
@@ -336,7 +336,7 @@ impl SourceLayer {
 
 impl SyslogSettings {
     /// The certificate, without which nobody speaks TLS.
-    fn tls(&self, place: &Place, findings: &mut Findings) -> Option<ServerTls> {
+    fn tls(&self, place: &Place, findings: &mut Findings) -> Option<Identity> {
         let (Some(certificate), Some(key)) = (&self.tls_cert, &self.tls_key) else {
             let message = "syslog over TLS needs a certificate and its key: give \
                            --syslog-tls-cert FILE and --syslog-tls-key FILE (tls_cert, tls_key)";
@@ -345,7 +345,7 @@ impl SyslogSettings {
         };
         check::pem_file(certificate, "CERTIFICATE", findings);
         check::key_file(key, findings);
-        Some(ServerTls { certificate: certificate.value.clone(), key: key.value.clone() })
+        Some(Identity { certificate: certificate.value.clone(), key: key.value.clone() })
     }
 
     /// The size of the receive buffer in bytes.

@@ -93,8 +93,8 @@ fn bad_senders_say_where_and_what_is_allowed() {
     for (text, expected) in [
         (
             format!("tokn_file = 'x'\n{SEND}{SOURCE}"),
-            "c.toml:1:1: tokn_file: unknown key; allowed here: balance, ca, compress, drain_timeout, \
-             idle_close, insecure_plaintext, kept_bytes_max, listen, log_format, log_level, once_timeout, \
+            "c.toml:1:1: tokn_file: unknown key; allowed here: balance, ca, cert, compress, drain_timeout, \
+             idle_close, insecure_plaintext, kept_bytes_max, key, listen, log_format, log_level, once_timeout, \
              proxy, rate_limit, receipts, source, spool_bytes_max, state_dir, tls_cert, tls_key, to, \
              token_file, tokens"
                 .to_owned(),
@@ -468,6 +468,61 @@ fn a_file_whose_name_looks_like_a_pattern_is_that_file_too() {
     assert_eq!(found, [desk.dir.path().join("app1.log")]);
     assert_eq!(literal.as_ref(), Some(&path));
     assert_eq!(name, path.display().to_string());
+}
+
+#[test]
+fn client_certificates_are_configured_in_pairs_and_where_they_can_be_checked() {
+    let desk = Desk::new();
+    let tls = format!("{RECEIVE}tls_cert = 'ca.pem'\ntls_key = 'key.pem'\nclient_ca = 'ca.pem'\n");
+    let loaded = desk.receive(ReceiveLayer::default(), &tls).expect("good");
+    assert_eq!(loaded.config.client_ca, Some(desk.dir.path().join("ca.pem")));
+    assert!(!loaded.config.trust_client_headers);
+    let unix = "listen = 'unix:/run/r.sock'\ntokens = 'tokens.toml'\ntrust_client_headers = true\n";
+    let loaded = desk.receive(ReceiveLayer::default(), unix).expect("good");
+    assert!(loaded.config.trust_client_headers);
+    for (text, says) in [
+        (format!("{RECEIVE}client_ca = 'ca.pem'\n"), "client certificates come with TLS"),
+        (format!("{RECEIVE}trust_client_headers = true\n"), "could forge these headers"),
+    ] {
+        let error = desk.receive(ReceiveLayer::default(), &text).expect_err(says).to_string();
+        assert!(error.contains(says), "{error}");
+    }
+
+    let both = format!("{SEND}cert = 'ca.pem'\nkey = 'key.pem'\n{SOURCE}");
+    let loaded = desk.send(SendLayer::default(), &both).expect("good");
+    let ConnectionConfig::Dial(dial) = loaded.config.connection else { panic!("it dials") };
+    assert_eq!(dial.identity.expect("one").key, desk.dir.path().join("key.pem"));
+    for (text, says) in [
+        (format!("{SEND}cert = 'ca.pem'\n{SOURCE}"), "a certificate needs its key: give --key"),
+        (format!("{SEND}key = 'key.pem'\n{SOURCE}"), "a key needs its certificate: give --cert"),
+        (both.replace("wss://h/", "ws://127.0.0.1/"), "over wss:// only"),
+    ] {
+        let error = desk.send(SendLayer::default(), &text).expect_err(says).to_string();
+        assert!(error.contains(says), "{error}");
+    }
+}
+
+#[test]
+fn a_listener_has_no_end_and_is_refused_with_once() {
+    let desk = Desk::new();
+    let once = || SendLayer { once: true, ..SendLayer::default() };
+    desk.write("here.log", "");
+    for source in [
+        "unix_datagram = '/run/a.sock'",
+        "unix_stream = '/run/a.sock'",
+        "http_intake = '127.0.0.1:8514'",
+        "syslog_udp = '127.0.0.1:5514'",
+        "syslog_tcp = '127.0.0.1:5514'",
+        "syslog_tls = '127.0.0.1:5514'\ntls_cert = 'ca.pem'\ntls_key = 'key.pem'",
+        "supervisor_events = true",
+    ] {
+        let text = format!("{SEND}[[source]]\nfiles = 'here.log'\n[[source]]\n{source}\n");
+        desk.send(SendLayer::default(), &text).expect("good without");
+        let error = desk.send(once(), &text).expect_err(source).to_string();
+        assert!(error.contains("a listener has no end") && error.contains(":6:"), "{error}");
+    }
+    let files = format!("{SEND}[[source]]\nfiles = 'here.log'\n[[source]]\nstdin = true\n");
+    desk.send(once(), &files).expect("files and standard input end");
 }
 
 #[test]

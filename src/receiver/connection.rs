@@ -15,7 +15,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tracing::{debug, info, warn};
 
 use super::gate::Accepted;
-use super::session::{Sender, Session, Taken, Violation};
+use super::session::{Session, Taken, Violation};
 use super::{CLOSE_TIMEOUT, Receiver};
 use crate::destination::{Frame, Inbox, Reply};
 use crate::protocol::{Control, Drain, Receipt, Run, Verdict};
@@ -444,7 +444,7 @@ pub(super) fn check_token(receiver: &Receiver, accepted: &Accepted) -> Result<()
             let reason = "the token was revoked, replaced or has expired";
             Err(End::Ours { code: close::POLICY, reason })
         }
-        Some(entry) if Sender::of(entry) != accepted.sender => {
+        Some(entry) if !accepted.is_of(entry) => {
             let reason = "the entry of this token changed: connect again";
             Err(End::Ours { code: close::RESTART, reason })
         }

@@ -62,7 +62,7 @@ impl Dial {
     /// Reads the authorities to trust.
     pub fn new(config: DialledSender) -> Result<Dial, TlsError> {
         let tls = match config.endpoint.tls {
-            true => Some(client_config(config.ca.as_deref())?),
+            true => Some(client_config(config.ca.as_deref(), None)?),
             false => None,
         };
         Ok(Dial { config, tls })

@@ -13,8 +13,9 @@ use super::session::Sender;
 use super::text;
 use crate::protocol::{SUBPROTOCOL, TEXT_SUBPROTOCOL};
 use crate::record::SenderId;
+use crate::tls::{self, Fingerprint};
 use crate::tokens::{self, Entry, TokenHash, Tokens};
-use crate::transport::{Answer, Refuse, Request};
+use crate::transport::{Answer, Peer, Refuse, Request};
 
 /// How many connections one sender may have.
 const CONNECTIONS_MAX: usize = 16;
@@ -41,7 +42,11 @@ pub struct Accepted {
 #[derive(Debug)]
 pub(super) enum Proof {
     /// It showed the token of this hash.
-    Token(TokenHash),
+    Token {
+        hash: TokenHash,
+        /// The client certificate that came with it.
+        certificate: Option<Fingerprint>,
+    },
     /// It was dialled, at the address that the configuration gives under this name.
     Address,
 }
@@ -50,9 +55,18 @@ impl Accepted {
     /// What the tokens file says of it now; `None` where it may no longer send.
     pub(super) fn entry<'t>(&self, tokens: &'t Tokens, now: Timestamp) -> Option<&'t Entry> {
         match &self.proof {
-            Proof::Token(hash) => tokens.find(hash, now),
+            Proof::Token { hash, .. } => tokens.find(hash, now),
             Proof::Address => tokens.named(&self.sender.name, now),
         }
+    }
+
+    /// Whether this entry lets it in on the same terms.
+    pub(super) fn is_of(&self, entry: &Entry) -> bool {
+        let accepts = match &self.proof {
+            Proof::Token { certificate, .. } => entry.accepts(certificate.as_ref()),
+            Proof::Address => true,
+        };
+        accepts && Sender::of(entry) == self.sender
     }
 }
 
@@ -118,8 +132,7 @@ fn admit(receiver: &Receiver, request: &Request) -> Result<Accepted, Refuse> {
     if request.has_header("origin") {
         return Err(Refuse::new(403, "requests of web pages are refused (header Origin)\n"));
     }
-    let (sender, hash) = authenticate(receiver, request)
-        .ok_or_else(|| Refuse::new(401, "the token is missing, unknown, expired or revoked\n"))?;
+    let (sender, proof) = authenticate(receiver, request)?;
     let speaks = if request.offers(SUBPROTOCOL) {
         Speaks::Frames
     } else if request.offers(TEXT_SUBPROTOCOL) {
@@ -133,14 +146,41 @@ fn admit(receiver: &Receiver, request: &Request) -> Result<Accepted, Refuse> {
         let text = format!("this sender has {CONNECTIONS_MAX} connections open already\n");
         Refuse::later(429, text, RETRY_AFTER)
     })?;
-    let (proof, peer) = (Proof::Token(hash), request.peer().to_string());
+    let peer = request.peer().to_string();
     Ok(Accepted { sender, proof, peer, speaks, _slot: Some(slot) })
 }
 
-fn authenticate(receiver: &Receiver, request: &Request) -> Option<(Sender, TokenHash)> {
-    let hash = tokens::hash(request.bearer()?);
+fn authenticate(receiver: &Receiver, request: &Request) -> Result<(Sender, Proof), Refuse> {
     let tokens = Arc::clone(&receiver.tokens.borrow());
-    tokens.find(&hash, Timestamp::now()).map(|entry| (Sender::of(entry), hash))
+    let hash = request.bearer().map(tokens::hash);
+    let found = hash.and_then(|hash| Some((hash, tokens.find(&hash, Timestamp::now())?)));
+    let (hash, entry) = found
+        .ok_or_else(|| Refuse::new(401, "the token is missing, unknown, expired or revoked\n"))?;
+    let certificate = certificate(receiver, request);
+    if !entry.accepts(certificate.as_ref()) {
+        let why = match certificate {
+            None => "this token needs its client certificate, and none was shown\n",
+            Some(_) => "this token needs another client certificate than the one shown\n",
+        };
+        return Err(Refuse::new(403, why));
+    }
+    Ok((Sender::of(entry), Proof::Token { hash, certificate }))
+}
+
+/// The client certificate that our own TLS verified; else the one of which a proxy says that it
+/// did. Over TCP anybody could say so, hence a proxy is heard over a Unix socket only.
+fn certificate(receiver: &Receiver, request: &Request) -> Option<Fingerprint> {
+    if let Some(own) = request.certificate() {
+        return Some(tls::fingerprint(own));
+    }
+    let is_heard = receiver.trust_client_headers && request.peer() == Peer::Unix;
+    if !is_heard || request.header("x-client-verify") != Some("SUCCESS") {
+        return None;
+    }
+    // nginx's $ssl_client_escaped_cert: PEM, percent-encoded.
+    let escaped = request.header("x-client-certificate")?;
+    let pem: Vec<u8> = percent_encoding::percent_decode_str(escaped).collect();
+    tls::fingerprint_of_pem(&pem)
 }
 
 /// Open connections per sender.

@@ -44,6 +44,7 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct Receiver {
     terms: Arc<Terms>,
+    trust_client_headers: bool,
     tokens_file: PathBuf,
     tokens: tokio::sync::watch::Receiver<Arc<Tokens>>,
     tokens_changed: tokio::sync::watch::Sender<Arc<Tokens>>,
@@ -87,6 +88,7 @@ impl Receiver {
                 credit: config.credit.max(FRAME_BYTES_MAX as u64),
                 destination: destination.id(),
             }),
+            trust_client_headers: config.trust_client_headers,
             tokens_file: config.tokens.clone(),
             tokens,
             tokens_changed,

@@ -46,6 +46,8 @@ fn config(dir: &TempDir) -> ReceiveConfig {
         listen: Some(Listen::Tcp(SocketAddr::from(([127, 0, 0, 1], 0)))),
         tls: None,
         dials: Vec::new(),
+        client_ca: None,
+        trust_client_headers: false,
         tokens: dir.path().join("tokens.toml"),
         destination: DestinationConfig::Embedded(EmbeddedConfig {
             file: dir.path().join("store.sqlite"),
@@ -66,7 +68,7 @@ fn serve_with(change: impl FnOnce(&mut ReceiveConfig, &mut Duration)) -> Server 
     let mut config = config(&dir);
     let mut hello_timeout = HELLO_TIMEOUT;
     change(&mut config, &mut hello_timeout);
-    let token = tokens::mint(&config.tokens, "web-1", None, None).expect("mint");
+    let token = tokens::mint(&config.tokens, "web-1", tokens::Terms::default()).expect("mint");
     let (queue, shutdown) = (Arc::new(Queue::default()), Shutdown::new());
     let store = Destination::open(&config.destination).expect("store");
     let new = Receiver::new(&config, &store, Arc::clone(&queue), shutdown.clone());
@@ -484,7 +486,7 @@ async fn a_revoked_token_ends_its_live_connection_and_a_new_one_works_without_a_
     client.frame(1, 0, b"x\n".to_vec()).await;
     client.receipt().await;
 
-    let other = tokens::mint(&server.tokens, "web-2", None, None).expect("mint");
+    let other = tokens::mint(&server.tokens, "web-2", tokens::Terms::default()).expect("mint");
     while dial(&server, &other).await.is_err() {
         tokio::task::yield_now().await;
     }
@@ -564,4 +566,35 @@ async fn a_receipt_of_very_many_runs_comes_in_parts() {
     }
     assert_eq!((at, runs), (size as u64, size));
     assert!(parts > 1);
+}
+
+/// Whatever the configuration says: over TCP a header is a claim, and a token that needs its
+/// certificate is refused.
+#[tokio::test]
+async fn a_certificate_in_a_header_counts_for_nothing_over_tcp() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    let server = serve_with(|config, _| config.trust_client_headers = true);
+    let key = rcgen::KeyPair::generate().expect("key");
+    let params = rcgen::CertificateParams::new(["web-2".to_owned()]).expect("params");
+    let pem = params.self_signed(&key).expect("certificate").pem();
+    let fingerprint = crate::tls::fingerprint_of_pem(pem.as_bytes()).expect("a fingerprint");
+    let terms = tokens::Terms { certificates: vec![fingerprint], ..tokens::Terms::default() };
+    let token = tokens::mint(&server.tokens, "web-2", terms).expect("mint");
+    while refused(&server, &token).await != 403 {
+        tokio::task::yield_now().await;
+    }
+    let escaped = percent_encoding::utf8_percent_encode(&pem, percent_encoding::NON_ALPHANUMERIC);
+    let request = format!(
+        "GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+         Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\
+         Sec-WebSocket-Protocol: {SUBPROTOCOL}\r\nAuthorization: Bearer {token}\r\n\
+         X-Client-Verify: SUCCESS\r\nX-Client-Certificate: {escaped}\r\n\r\n"
+    );
+    let mut stream = tokio::net::TcpStream::connect(server.address).await.expect("connect");
+    stream.write_all(request.as_bytes()).await.expect("write");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.expect("an answer");
+    assert!(answer.starts_with("HTTP/1.1 403"), "{answer}");
+    assert!(answer.contains("none was shown"), "{answer}");
 }

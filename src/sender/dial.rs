@@ -12,7 +12,7 @@ use super::connection::{Connections, Ended, Greeted};
 use crate::config::{DialConfig, Endpoint};
 use crate::protocol::SUBPROTOCOL;
 use crate::record::escape_path;
-use crate::tls::ClientConfig;
+use crate::tls::{ClientConfig, TlsError, client_config};
 use crate::tokens::file_advice;
 use crate::transport::{ConnectError, Pause, Retry, connect};
 
@@ -30,6 +30,9 @@ pub enum LinkError {
         /// From the operating system.
         source: std::io::Error,
     },
+    /// The CA file, the client certificate or its key cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// No connection.
     #[error(transparent)]
     Connect(#[from] ConnectError),
@@ -42,7 +45,7 @@ impl LinkError {
     /// Whether trying again is of no use before a person mends something.
     fn needs_a_person(&self) -> bool {
         match self {
-            LinkError::TokenFile { .. } => true,
+            LinkError::TokenFile { .. } | LinkError::Tls(_) => true,
             LinkError::Connect(error) => error.needs_a_person(),
             LinkError::Greeting(_) => false,
         }
@@ -66,8 +69,6 @@ impl LinkError {
 pub struct Dialler {
     /// What to dial, and how.
     pub config: DialConfig,
-    /// TLS for `wss://` endpoints.
-    pub tls: Option<Arc<ClientConfig>>,
     /// What to do with a connection.
     pub connections: Arc<Connections>,
     /// Rung by streams that have something to send.
@@ -177,9 +178,20 @@ impl Dialler {
         let token = tokio::fs::read_to_string(path)
             .await
             .map_err(|source| LinkError::TokenFile { path: escape_path(path), source })?;
-        let tls = self.tls.clone().filter(|_| endpoint.tls);
+        let tls = match endpoint.tls {
+            true => Some(self.tls().await?),
+            false => None,
+        };
         let socket = connect(endpoint, tls, token.trim(), SUBPROTOCOL, CONNECT_TIMEOUT).await?;
         self.connections.greet(socket).await.map_err(LinkError::Greeting)
+    }
+
+    /// Reads the authorities and the client certificate, which may have been renewed.
+    async fn tls(&self) -> Result<Arc<ClientConfig>, LinkError> {
+        let (ca, identity) = (self.config.ca.clone(), self.config.identity.clone());
+        let read = move || client_config(ca.as_deref(), identity.as_ref());
+        let read = tokio::task::spawn_blocking(read).await;
+        Ok(read.map_err(|error| LinkError::Greeting(error.to_string()))??)
     }
 }
 

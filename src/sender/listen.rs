@@ -51,7 +51,7 @@ pub struct Listening {
 impl Listening {
     /// Reads the files and binds.
     pub fn open(config: ListenConfig, connections: Connections) -> Result<Listening, ListenError> {
-        let tls = config.tls.as_ref().map(server_config).transpose()?;
+        let tls = config.tls.as_ref().map(|files| server_config(files, None)).transpose()?;
         let tokens = Tokens::load(&config.tokens)?;
         if tokens.entries().is_empty() {
             warn!(file = ?config.tokens, "no tokens: no receiver may enter until `waybill token` mints one");
@@ -145,7 +145,11 @@ async fn serve(
 
 /// Waits until the token lets nobody in any more.
 async fn ended(mut tokens: watch::Receiver<Arc<Tokens>>, hash: &TokenHash) {
-    while tokens.borrow_and_update().find(hash, Timestamp::now()).is_some() {
+    while tokens
+        .borrow_and_update()
+        .find(hash, Timestamp::now())
+        .is_some_and(|entry| entry.accepts(None))
+    {
         if tokens.changed().await.is_err() {
             // Nobody looks at the file any more: this process ends.
             std::future::pending::<()>().await;
@@ -220,6 +224,11 @@ impl Admission {
         let (hash, entry) = found.ok_or_else(|| {
             Refuse::new(401, "the token is missing, unknown, expired or revoked\n")
         })?;
+        // This side asks for none, and must not let in by the token alone what is bound to one.
+        if !entry.accepts(None) {
+            let why = "this token needs its client certificate, which a sender cannot check\n";
+            return Err(Refuse::new(403, why));
+        }
         if !request.offers(SUBPROTOCOL) {
             return Err(Refuse::new(
                 400,

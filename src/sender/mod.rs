@@ -27,12 +27,14 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
+use uuid::Uuid;
 
 use crate::config::{ConnectionConfig, Input, SendConfig, SourceConfig};
 use crate::descriptors;
 use crate::shutdown::Shutdown;
+use crate::source::files::tail::Tail;
 use crate::spool::{Budget, Spool};
-use crate::state::{State, StateError, machine_identity};
+use crate::state::{self, Entry, State, StateError, machine_identity};
 use crate::telemetry::Progress;
 use crate::tls::{TlsError, client_config};
 
@@ -41,8 +43,9 @@ use dial::{Dialler, LinkError};
 use follow::Follower;
 use link::Links;
 use listen::{ListenError, Listening};
+use origin::{FileOrigin, Origin};
 use receipts::Receipts;
-use rows::Attributes;
+use rows::{Attributes, Opening, progress_at_start};
 use spools::{OpenError, SpoolSource};
 use window::Counted;
 
@@ -61,7 +64,7 @@ pub enum SendError {
     /// The state directory cannot be used.
     #[error(transparent)]
     State(#[from] StateError),
-    /// The CA file cannot be used.
+    /// The CA file, the certificate or its key cannot be used.
     #[error(transparent)]
     Tls(#[from] TlsError),
     /// A source cannot be opened.
@@ -105,6 +108,8 @@ pub struct Summary {
     pub resent_bytes: u64,
     /// Bytes that were reported lost.
     pub lost_bytes: u64,
+    /// Datagrams that the kernel counted as dropped, at all UDP sockets.
+    pub lost_datagrams: u64,
     /// Every line was receipted: with `--once`, the exit code depends on it.
     pub complete: bool,
 }
@@ -153,6 +158,7 @@ struct Totals {
     resent_bytes: AtomicU64,
     receipted_bytes: AtomicU64,
     lost_bytes: AtomicU64,
+    lost_datagrams: Arc<AtomicU64>,
     /// What there was to send when each file was found.
     total_bytes: AtomicU64,
 }
@@ -175,6 +181,7 @@ impl Totals {
             sent_bytes: get(&self.sent_bytes),
             resent_bytes: get(&self.resent_bytes),
             lost_bytes: get(&self.lost_bytes),
+            lost_datagrams: get(&self.lost_datagrams),
             complete: complete && get(&self.parked) == 0 && get(&self.lost_bytes) == 0,
         }
     }
@@ -288,12 +295,12 @@ impl Connector {
         let once = config.once;
         match config.connection.clone() {
             ConnectionConfig::Dial(config) => {
-                let tls = match config.to.iter().any(|endpoint| endpoint.tls) {
-                    true => Some(client_config(config.ca.as_deref())?),
-                    false => None,
-                };
+                if config.to.iter().any(|endpoint| endpoint.tls) {
+                    // Each connection reads the files anew; what is wrong with them now is said now.
+                    client_config(config.ca.as_deref(), config.identity.as_ref())?;
+                }
                 let connections = Arc::new(connections);
-                Ok(Connector::Dial(Dialler { config, tls, connections, wanted, once }))
+                Ok(Connector::Dial(Dialler { config, connections, wanted, once }))
             }
             ConnectionConfig::Listen(config) => {
                 Ok(Connector::Listen(Listening::open(config, connections)?))
@@ -423,6 +430,36 @@ impl Saver {
             warn!(%error, "positions cannot be saved: after a crash, lines are sent again; {advice}");
         }
     }
+}
+
+/// The row that a sender of this source would open in this file at this offset; nothing is written.
+/// The file must reach that far.
+pub fn open_file_row(
+    source: &SourceConfig,
+    tail: Tail,
+    start: u64,
+) -> io::Result<(Entry, state::Progress)> {
+    let mut file = Origin::File(FileOrigin::new(tail)?);
+    let before = file.before(start)?;
+    let Origin::File(file) = file else { unreachable!("it is a file") };
+    let opening = Opening::in_file(Uuid::now_v7(), &file, start)?;
+    let entry = offline(source).open(opening, None);
+    let mut progress = progress_at_start(&entry.row, &file.tail, &before);
+    if !file.tail.is_compressed() {
+        progress.size = file.tail.size()?;
+    }
+    Ok((entry, progress))
+}
+
+/// The row that makes a sender of this source send of this file only what comes after now; nothing is
+/// written.
+pub fn pass_over_row(source: &SourceConfig, mut tail: Tail) -> io::Result<Entry> {
+    let path = tail.path().to_owned();
+    rows::passed_over(&offline(source), &mut tail, &path)
+}
+
+fn offline(source: &SourceConfig) -> Attributes {
+    Attributes { source: source.clone(), host: host_name() }
 }
 
 fn host_name() -> String {

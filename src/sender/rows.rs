@@ -1,12 +1,18 @@
 //! Making rows: what a new segment's row says, and when an old one no longer fits.
 
+use std::io;
+use std::path::Path;
+
 use uuid::Uuid;
 
+use super::origin::FileOrigin;
+use super::stream::place;
 use crate::config::SourceConfig;
 use crate::protocol::Welcome;
-use crate::record::{Day, Framing, Prefix, Row, SegmentId};
-use crate::source::files::tail::Inode;
-use crate::state::Entry;
+use crate::record::{Day, Framing, Prefix, Row, SegmentId, escape_path};
+use crate::source::files::fingerprint::{FINGERPRINT_BYTES, fingerprint, first_bytes, prefix};
+use crate::source::files::tail::{Inode, Tail};
+use crate::state::{Entry, Progress};
 
 /// What the configuration and this host say about every new row of a source.
 #[derive(Clone, Debug)]
@@ -26,6 +32,8 @@ pub struct Opening {
     pub path: String,
     /// The file's inode; `None` for a spool.
     pub inode: Option<Inode>,
+    /// As in [`crate::state::Place::born`]; 0 for a spool.
+    pub born: u64,
     /// First byte.
     pub start: u64,
     /// UTC day of the last change.
@@ -34,6 +42,62 @@ pub struct Opening {
     pub framing: Framing,
     /// The file's first bytes.
     pub first_bytes: Prefix,
+}
+
+impl Opening {
+    /// In a file, as it is now.
+    pub fn in_file(run: Uuid, file: &FileOrigin, start: u64) -> io::Result<Opening> {
+        Ok(Opening {
+            run,
+            path: escape_path(file.tail.path()),
+            inode: Some(file.tail.inode()),
+            born: file.tail.born(),
+            start,
+            day: file.tail.day()?,
+            framing: Framing::LINES,
+            first_bytes: prefix(file.first()),
+        })
+    }
+}
+
+/// What is known of a file's row that opens behind these bytes: the last 64 before its start, or all
+/// where there are fewer.
+pub fn progress_at_start(row: &Row, tail: &Tail, before: &[u8]) -> Progress {
+    let mut progress = Progress::at_start(row, tail.born());
+    progress.place = place(tail);
+    if row.start > 0 {
+        progress.advance(fingerprint(row.start, before));
+    }
+    progress
+}
+
+/// The row of a file of which nothing is sent but what comes after now. An archive does not grow;
+/// how long it is would be known only after it was unpacked.
+pub fn passed_over(attributes: &Attributes, tail: &mut Tail, path: &Path) -> io::Result<Entry> {
+    let stamp = tail.stamp()?;
+    let compressed = tail.is_compressed();
+    let start = if compressed { 0 } else { stamp.size };
+    let mut entry = attributes.open(
+        Opening {
+            run: Uuid::now_v7(),
+            path: escape_path(path),
+            inode: Some(tail.inode()),
+            born: tail.born(),
+            start,
+            day: tail.day()?,
+            framing: Framing::LINES,
+            first_bytes: prefix(&first_bytes(tail)?),
+        },
+        None,
+    );
+    let from = start.saturating_sub(FINGERPRINT_BYTES as u64);
+    let mut before = Vec::new();
+    tail.append_at(from, (start - from) as usize, &mut before)?;
+    let mut progress = progress_at_start(&entry.row, tail, &before);
+    progress.place.path.clone_from(&entry.row.path);
+    (progress.size, progress.rest) = (start, Some(stamp));
+    entry.passed_over = Some(Box::new(progress));
+    Ok(entry)
 }
 
 impl Attributes {
@@ -65,6 +129,7 @@ impl Attributes {
         let mut entry = Entry {
             row,
             run: opening.run,
+            born: opening.born,
             destination: None,
             kept_from: None,
             kept_short_of: None,

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::task::{JoinHandle, JoinSet};
@@ -103,7 +103,8 @@ impl SpoolSource {
     pub async fn run(self, context: Arc<Context>) -> bool {
         let SpoolSource { attributes, spool, intake } = self;
         let is_stdin = matches!(intake, Intake::Stdin(_));
-        let intake = tokio::spawn(take_in(intake, spool.clone(), context.stopping.clone()));
+        let lost = context.totals.lost_datagrams.clone();
+        let intake = tokio::spawn(take_in(intake, spool.clone(), context.stopping.clone(), lost));
         let follower = SpoolFollower {
             context,
             attributes,
@@ -121,9 +122,12 @@ async fn take_in(
     intake: Intake,
     spool: Arc<Spool>,
     stopping: CancellationToken,
+    lost_datagrams: Arc<AtomicU64>,
 ) -> Result<bool, SourceError> {
     match intake {
-        Intake::Datagram(source) => source.run(spool, stopping).await.map(|()| false),
+        Intake::Datagram(source) => {
+            source.run(spool, stopping, lost_datagrams).await.map(|()| false)
+        }
         Intake::Stream(source) => source.run(spool, stopping).await.map(|()| false),
         Intake::Http(source) => source.run(spool, stopping).await.map(|()| false),
         Intake::Stdin(source) => {

@@ -12,6 +12,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::{fs, thread};
 
 use rustix::net::{RecvFlags, SocketType};
@@ -102,7 +103,8 @@ impl DatagramSource {
 
     /// Spools one record per datagram until the stop. Then what is queued is taken (senders to a
     /// Unix socket are refused, and its file is unlinked), and all is synced. A socket that a
-    /// service manager keeps is left as it is, with its queue.
+    /// service manager keeps is left as it is, with its queue. What the kernel is known to have
+    /// dropped is added to `lost`.
     ///
     /// # Errors
     ///
@@ -111,6 +113,7 @@ impl DatagramSource {
         self,
         spool: Arc<Spool>,
         shutdown: CancellationToken,
+        lost: Arc<AtomicU64>,
     ) -> Result<(), SourceError> {
         let failed = |source| SourceError::Read { from: self.name.clone(), source };
         // Dropping this future stops the thread too.
@@ -132,7 +135,7 @@ impl DatagramSource {
             name: self.name.clone(),
             intake: Intake { spool: spool.clone(), shutdown: stop.token.clone() },
             runtime: Handle::current(),
-            drops: matches!(self.kind, Kind::Udp).then(Drops::new),
+            drops: matches!(self.kind, Kind::Udp).then(|| Drops::new(lost)),
             truncated: Throttle::default(),
             waited: Throttle::default(),
         };
@@ -328,7 +331,7 @@ mod tests {
         let budget = Arc::new(Budget::new(budget));
         let spool = Arc::new(Spool::open(&dir.path().join("spool"), budget).expect("spool"));
         let shutdown = CancellationToken::new();
-        let task = tokio::spawn(source.run(spool.clone(), shutdown.clone()));
+        let task = tokio::spawn(source.run(spool.clone(), shutdown.clone(), Arc::default()));
         Running { dir, path, spool, shutdown, task }
     }
 
@@ -401,7 +404,7 @@ mod tests {
         });
         let shutdown = CancellationToken::new();
         shutdown.cancel();
-        source.run(spool.clone(), shutdown).await.expect("an end all the same");
+        source.run(spool.clone(), shutdown, Arc::default()).await.expect("an end all the same");
         over.cancel();
         flood.await.expect("flood");
         let records = spooled(&spool);

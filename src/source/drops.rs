@@ -6,6 +6,8 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -23,15 +25,17 @@ pub(super) struct Drops {
     seen: u32,
     /// All that was reported; the kernel's own number wraps.
     total: u64,
+    /// The same, of all sockets of this process.
+    lost: Arc<AtomicU64>,
     /// When the number was last known not to have grown.
     quiet: Timestamp,
     next_look: Instant,
 }
 
 impl Drops {
-    /// Of a socket that was just bound.
-    pub fn new() -> Drops {
-        Drops { seen: 0, total: 0, quiet: Timestamp::now(), next_look: Instant::now() }
+    /// Of a socket that was just bound; `lost` counts what is lost at all sockets.
+    pub fn new(lost: Arc<AtomicU64>) -> Drops {
+        Drops { seen: 0, total: 0, lost, quiet: Timestamp::now(), next_look: Instant::now() }
     }
 
     /// Looks and reports when it is time to; cheap otherwise.
@@ -56,6 +60,7 @@ impl Drops {
         if lost > 0 {
             self.seen = count;
             self.total += u64::from(lost);
+            self.lost.fetch_add(lost.into(), Ordering::Relaxed);
             tracing::warn!(
                 socket = name, lost, lost_total = self.total, after = %self.quiet, before = %now,
                 "the kernel dropped datagrams, as its receive buffer was full: these lines are \
@@ -111,11 +116,13 @@ mod tests {
         }
         let mut buffer = [0; 300];
         let taken = std::iter::from_fn(|| socket.recv(&mut buffer).ok()).count();
-        let mut drops = Drops::new();
+        let lost = Arc::new(AtomicU64::new(5));
+        let mut drops = Drops::new(lost.clone());
         drops.look(&socket, "test");
         assert!(taken > 0 && drops.total > 0, "{taken} taken, {} dropped", drops.total);
         assert_eq!(taken as u64 + drops.total, 1000);
         drops.look_now(&socket, "test");
         assert_eq!(taken as u64 + drops.total, 1000, "a loss is counted once");
+        assert_eq!(lost.load(Ordering::Relaxed), 5 + drops.total, "beside what others lost");
     }
 }

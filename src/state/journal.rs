@@ -60,27 +60,8 @@ pub(super) struct Journal {
 
 impl Journal {
     pub fn open(dir: &Path) -> io::Result<(Journal, Replayed)> {
-        let path = dir.join(NAME);
-        let text = match fs::read(&path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-            Err(error) => return Err(error),
-        };
-        let mut replayed = Replayed::default();
-        let mut unreadable = 0;
-        let mut lines = 0;
-        for line in text.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()) {
-            match read_line(line) {
-                Some(change) => replayed.apply(change),
-                None => unreadable += 1,
-            }
-            lines += 1;
-        }
-        if unreadable > 0 {
-            warn!(file = %path.display(), lines = unreadable,
-                "unreadable lines in the row journal: what they named is sent again");
-        }
-        let file = File::options().create(true).append(true).open(&path)?;
+        let Content { text, lines, replayed } = Content::read(dir)?;
+        let file = File::options().create(true).append(true).open(dir.join(NAME))?;
         let journal = Journal {
             dir: dir.to_owned(),
             file,
@@ -148,6 +129,40 @@ impl Journal {
         self.file = File::options().append(true).open(self.dir.join(NAME))?;
         (self.length, self.lines, self.broken) = (length, lines, false);
         Ok(())
+    }
+}
+
+/// The journal as it lies on the disk.
+pub(super) struct Content {
+    text: Vec<u8>,
+    lines: usize,
+    pub replayed: Replayed,
+}
+
+impl Content {
+    /// Reads it; a journal that is not there is an empty one.
+    pub fn read(dir: &Path) -> io::Result<Content> {
+        let path = dir.join(NAME);
+        let text = match fs::read(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+            Err(error) => return Err(error),
+        };
+        let mut replayed = Replayed::default();
+        let mut unreadable = 0;
+        let mut lines = 0;
+        for line in text.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()) {
+            match read_line(line) {
+                Some(change) => replayed.apply(change),
+                None => unreadable += 1,
+            }
+            lines += 1;
+        }
+        if unreadable > 0 {
+            warn!(file = %path.display(), lines = unreadable,
+                "unreadable lines in the row journal: what they named is sent again");
+        }
+        Ok(Content { text, lines, replayed })
     }
 }
 

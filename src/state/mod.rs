@@ -28,6 +28,9 @@ use crate::record::{Framing, Row, SegmentId};
 use journal::{Change, Journal};
 pub use positions::{Fingerprint, Place, Progress, Stamp};
 
+/// The file whose flock(2) says that the directory is in use.
+const LOCK: &str = "lock";
+
 /// Rows whose file was not seen for so long are forgotten.
 const FORGET_AFTER: Duration = Duration::from_secs(30 * 24 * 3600);
 
@@ -38,6 +41,10 @@ pub struct Entry {
     pub row: Row,
     /// The physical run of bytes: all rows of one file or one spool run share it.
     pub run: Uuid,
+    /// When the file's inode was made, as in [`Place::born`]: a number that is used again is told from
+    /// it before the first position is saved, too.
+    #[serde(default)]
+    pub born: u64,
     /// The destination at the first `welcome`, where it has an identity.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub destination: Option<Uuid>,
@@ -56,11 +63,19 @@ pub struct Entry {
 }
 
 impl Entry {
+    /// Whether this row, with what is known of it, is one that passes over what is there, and nothing
+    /// has come behind it yet.
+    pub fn only_passes_over(&self, progress: &Progress) -> bool {
+        self.passed_over.as_ref().is_some_and(|passed| {
+            passed.position == progress.position && passed.rest == progress.rest
+        })
+    }
+
     /// What is known before a position of this row is saved.
     fn first_progress(&self) -> Progress {
         match &self.passed_over {
             Some(progress) => (**progress).clone(),
-            None => Progress::at_start(&self.row),
+            None => Progress::at_start(&self.row, self.born),
         }
     }
 
@@ -192,6 +207,22 @@ impl State {
         })
     }
 
+    /// What [`State::entries`] would give, without changing the directory: nothing where there is
+    /// none. A running sender's is refused here too.
+    pub fn read(dir: &Path) -> Result<Vec<(Entry, Progress)>, StateError> {
+        let _lock = match File::open(dir.join(LOCK)) {
+            Ok(file) => Some(take(dir, file)?),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(source) => return Err(cannot_lock(dir, source)),
+        };
+        let content = journal::Content::read(dir).map_err(|source| StateError::Io {
+            dir: dir.to_owned(),
+            what: "its row journal cannot be opened",
+            source,
+        })?;
+        Ok(with_progress(&content.replayed.entries, &positions::load(dir).segments))
+    }
+
     /// The directory.
     pub fn dir(&self) -> &Path {
         &self.dir
@@ -216,15 +247,7 @@ impl State {
     /// All rows with their progress, oldest first.
     pub fn entries(&self) -> Vec<(Entry, Progress)> {
         let inner = self.lock();
-        let with_progress = |entry: &Entry| {
-            let progress = inner.progress.get(&entry.row.segment).cloned();
-            let mut progress = progress.unwrap_or_else(|| entry.first_progress());
-            if progress.prefix.length < entry.row.first_bytes.length {
-                progress.prefix = entry.row.first_bytes.clone();
-            }
-            (entry.clone(), progress)
-        };
-        inner.entries.values().map(with_progress).collect()
+        with_progress(&inner.entries, &inner.progress)
     }
 
     /// Makes rows new, changed and dropped durable, in one write that a crash does not divide.
@@ -272,14 +295,26 @@ impl State {
         !self.lock().surveyed.contains(source)
     }
 
-    /// Remembers durably, in one write, which rotated files were there before these sources.
-    pub fn pass_over(&self, sources: Vec<String>, passed: Vec<Entry>) -> io::Result<()> {
+    /// Remembers durably, in one write, which rotated files were there before these sources, and
+    /// forgets the rows `dropped`.
+    pub fn pass_over(
+        &self,
+        sources: Vec<String>,
+        passed: Vec<Entry>,
+        dropped: &[SegmentId],
+    ) -> io::Result<()> {
         let mut inner = self.lock();
-        let change = Change { surveyed: sources, rows: passed, ..Change::default() };
+        let dropped = dropped.to_vec();
+        let change = Change { surveyed: sources, rows: passed, dropped, ..Change::default() };
         inner.journal.append(&change)?;
         inner.surveyed.extend(change.surveyed);
         for entry in change.rows {
             inner.entries.insert(entry.row.segment, entry);
+        }
+        for segment in &change.dropped {
+            inner.entries.remove(segment);
+            inner.progress.remove(segment);
+            inner.dirty = true;
         }
         Ok(())
     }
@@ -405,29 +440,50 @@ impl Inner {
     }
 }
 
-fn lock(dir: &Path) -> Result<File, StateError> {
-    let path = dir.join("lock");
-    let failed =
-        |source| StateError::Io { dir: dir.to_owned(), what: "its lock cannot be taken", source };
-    let file = File::options().create(true).truncate(false).read(true).write(true).open(&path);
-    let file = file.map_err(failed)?;
-    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => {
-            let _ = file.set_len(0);
-            // For the message of the next one only; the lock itself is what counts.
-            let _ = io::Write::write_all(&mut &file, std::process::id().to_string().as_bytes());
-            Ok(file)
+/// Rows, oldest first, with what is known of each.
+fn with_progress(
+    entries: &BTreeMap<SegmentId, Entry>,
+    progress: &BTreeMap<SegmentId, Progress>,
+) -> Vec<(Entry, Progress)> {
+    let with_progress = |entry: &Entry| {
+        let progress = progress.get(&entry.row.segment).cloned();
+        let mut progress = progress.unwrap_or_else(|| entry.first_progress());
+        if progress.prefix.length < entry.row.first_bytes.length {
+            progress.prefix = entry.row.first_bytes.clone();
         }
+        (entry.clone(), progress)
+    };
+    entries.values().map(with_progress).collect()
+}
+
+fn lock(dir: &Path) -> Result<File, StateError> {
+    let path = dir.join(LOCK);
+    let file = File::options().create(true).truncate(false).read(true).write(true).open(path);
+    let file = take(dir, file.map_err(|source| cannot_lock(dir, source))?)?;
+    let _ = file.set_len(0);
+    // For the message of the next one only; the lock itself is what counts.
+    let _ = io::Write::write_all(&mut &file, std::process::id().to_string().as_bytes());
+    Ok(file)
+}
+
+/// Takes the lock on this open file; whoever holds it has left its process id there.
+fn take(dir: &Path, file: File) -> Result<File, StateError> {
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
         Err(error) if error == rustix::io::Errno::WOULDBLOCK => {
-            let holder = fs::read_to_string(&path).unwrap_or_default();
+            let holder = fs::read_to_string(dir.join(LOCK)).unwrap_or_default();
             let holder = match holder.trim() {
                 "" => String::new(),
                 process => format!(" (process {})", process.escape_debug()),
             };
             Err(StateError::InUse { dir: dir.to_owned(), holder })
         }
-        Err(error) => Err(failed(error.into())),
+        Err(error) => Err(cannot_lock(dir, error.into())),
     }
+}
+
+fn cannot_lock(dir: &Path, source: io::Error) -> StateError {
+    StateError::Io { dir: dir.to_owned(), what: "its lock cannot be taken", source }
 }
 
 /// This machine's identity, as machine-id(5) has it; the host name where there is none.

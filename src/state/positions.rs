@@ -87,13 +87,13 @@ impl Stamp {
 }
 
 impl Progress {
-    /// What is known of a row of which nothing was receipted.
-    pub fn at_start(row: &Row) -> Progress {
+    /// What is known of a row of which nothing was receipted, in a file that was made at `born`.
+    pub fn at_start(row: &Row, born: u64) -> Progress {
         Progress {
             position: row.start,
             prefix: row.first_bytes.clone(),
             fingerprints: Vec::new(),
-            place: Place { path: row.path.clone(), device: row.device, inode: row.inode, born: 0 },
+            place: Place { path: row.path.clone(), device: row.device, inode: row.inode, born },
             seen_ms: milliseconds(SystemTime::now()),
             size: 0,
             rest: None,

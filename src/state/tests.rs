@@ -34,6 +34,7 @@ pub(crate) fn entry(path: &str) -> Entry {
         destination: None,
         kept_from: None,
         kept_short_of: None,
+        born: 0,
         passed_over: None,
     }
 }
@@ -51,7 +52,7 @@ fn rows_and_positions_outlive_the_process() {
         assert!(state.is_first_run("test"));
         state.commit(&[&a, &b], &[]).expect("commit");
         state.mark_followed("test").expect("mark");
-        let mut progress = Progress::at_start(&a.row);
+        let mut progress = Progress::at_start(&a.row, 0);
         progress.advance(Fingerprint { offset: 77, hash: 5 });
         state.set_progress(a.row.segment, progress);
         state.commit(&[], &[b.row.segment]).expect("drop");
@@ -64,6 +65,16 @@ fn rows_and_positions_outlive_the_process() {
     assert_eq!(entries[0].1.position, 77);
     assert!(!state.is_first_run("test"));
     assert!(!state.was_cloned());
+}
+
+/// Killed before the first position was saved, the file deleted, its inode number given to another one.
+#[test]
+fn a_row_alone_knows_when_its_inode_was_made() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let row = Entry { born: 7, ..entry("/a") };
+    State::open(dir.path(), "machine").expect("state").commit(&[&row], &[]).expect("commit");
+    let state = State::open(dir.path(), "machine").expect("state");
+    assert_eq!(state.entries()[0].1.place.born, 7);
 }
 
 #[test]
@@ -97,7 +108,7 @@ fn a_clone_has_new_rows_before_anything_else_happens() {
         let state = State::open(dir.path(), "one").expect("state");
         state.commit(&[&open, &ended], &[]).expect("commit");
         for entry in [&open, &ended] {
-            let mut progress = Progress::at_start(&entry.row);
+            let mut progress = Progress::at_start(&entry.row, 0);
             progress.advance(Fingerprint { offset: 50, hash: 5 });
             state.set_progress(entry.row.segment, progress);
         }
@@ -122,7 +133,7 @@ fn rows_go_when_nobody_saw_their_file_for_thirty_days_and_not_while_it_is_there(
     let state = State::open(dir.path(), "machine").expect("state");
     state.commit(&[&there, &gone, &kept], &[]).expect("commit");
     for entry in [&there, &gone, &kept] {
-        let progress = Progress { seen_ms: 5, ..Progress::at_start(&entry.row) };
+        let progress = Progress { seen_ms: 5, ..Progress::at_start(&entry.row, 0) };
         state.set_progress(entry.row.segment, progress);
     }
     state.save().expect("save");
@@ -172,7 +183,7 @@ fn torn_positions_fall_back_to_the_ones_before() {
     let state = State::open(dir.path(), "machine").expect("state");
     state.commit(&[&a], &[]).expect("commit");
     for offset in [10, 20] {
-        let mut progress = Progress::at_start(&a.row);
+        let mut progress = Progress::at_start(&a.row, 0);
         progress.advance(Fingerprint { offset, hash: 1 });
         state.set_progress(a.row.segment, progress);
         state.save().expect("save");
@@ -187,7 +198,7 @@ fn torn_positions_fall_back_to_the_ones_before() {
 
 #[test]
 fn fingerprints_stay_few_and_spread() {
-    let mut progress = Progress::at_start(&entry("/a").row);
+    let mut progress = Progress::at_start(&entry("/a").row, 0);
     for step in 1..=100_000_u64 {
         progress.advance(Fingerprint { offset: step * 1000, hash: step });
     }
@@ -214,7 +225,7 @@ fn saves_from_several_threads_do_not_disturb_each_other() {
         for row in &rows {
             scope.spawn(|| {
                 for offset in 1..=100 {
-                    let mut progress = Progress::at_start(&row.row);
+                    let mut progress = Progress::at_start(&row.row, 0);
                     progress.advance(Fingerprint { offset, hash: 5 });
                     state.set_progress(row.row.segment, progress);
                     state.save().expect("save");

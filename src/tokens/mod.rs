@@ -23,6 +23,7 @@ use thiserror::Error;
 
 use crate::descriptors;
 use crate::record::{DEFAULT_TYPES, SenderId, TypeName};
+use crate::tls::Fingerprint;
 
 /// What a token starts with, so that scanners for leaked secrets can know it.
 const TOKEN_PREFIX: &str = "wb_";
@@ -60,6 +61,9 @@ pub struct Entry {
     /// Types that a sender may use; where missing, [`DEFAULT_TYPES`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub types: Option<Vec<TypeName>>,
+    /// Client certificates of which one must come with the token; where empty, none need.
+    #[serde(default, skip_serializing_if = "Vec::is_empty", with = "fingerprints")]
+    pub certificates: Vec<Fingerprint>,
     /// When the token was minted.
     pub created: Timestamp,
     /// From when on it is refused.
@@ -74,6 +78,12 @@ impl Entry {
     /// Whether its token lets in at this instant.
     pub fn is_valid(&self, now: Timestamp) -> bool {
         self.revoked.is_none() && self.expires.is_none_or(|expires| now < expires)
+    }
+
+    /// Whether the token may be shown with this client certificate, or without any.
+    pub fn accepts(&self, certificate: Option<&Fingerprint>) -> bool {
+        self.certificates.is_empty()
+            || certificate.is_some_and(|shown| self.certificates.contains(shown))
     }
 
     /// The types that the sender may use.
@@ -201,14 +211,22 @@ pub fn hash(token: &str) -> TokenHash {
     Sha256::digest(token.as_bytes()).into()
 }
 
+/// What goes with a token besides its sender. Where nothing is said, a new entry takes the default
+/// and a rotated one keeps what it has, but for the expiry, which is the token's own.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Terms {
+    /// Types that the sender may use.
+    pub types: Option<Vec<TypeName>>,
+    /// Client certificates of which one must come with the token.
+    pub certificates: Vec<Fingerprint>,
+    /// From when on it is refused.
+    pub expires: Option<Timestamp>,
+}
+
 /// Adds an entry with a fresh sender id and gives its token, which is kept nowhere.
-pub fn mint(
-    file: &Path,
-    name: &str,
-    types: Option<Vec<TypeName>>,
-    expires: Option<Timestamp>,
-) -> Result<String, TokensError> {
+pub fn mint(file: &Path, name: &str, terms: Terms) -> Result<String, TokensError> {
     check_name(name)?;
+    let Terms { types, certificates, expires } = terms;
     check_expiry(expires)?;
     edit(file, true, |tokens| {
         if tokens.entries.iter().any(|entry| entry.name == name) {
@@ -220,6 +238,7 @@ pub fn mint(
             id: SenderId::mint(),
             sha256: hash(&token),
             types,
+            certificates,
             created: Timestamp::now(),
             expires,
             revoked: None,
@@ -228,14 +247,9 @@ pub fn mint(
     })
 }
 
-/// Replaces the token of an entry, which keeps its sender id, and lifts a revocation. `types`
-/// stays as it was where `None`.
-pub fn rotate(
-    file: &Path,
-    name: &str,
-    types: Option<Vec<TypeName>>,
-    expires: Option<Timestamp>,
-) -> Result<String, TokensError> {
+/// Replaces the token of an entry, which keeps its sender id, and lifts a revocation.
+pub fn rotate(file: &Path, name: &str, terms: Terms) -> Result<String, TokensError> {
+    let Terms { types, certificates, expires } = terms;
     check_expiry(expires)?;
     edit(file, false, |tokens| {
         let entry = entry_of(tokens, name, file)?;
@@ -246,6 +260,9 @@ pub fn rotate(
         entry.revoked = None;
         if types.is_some() {
             entry.types = types;
+        }
+        if !certificates.is_empty() {
+            entry.certificates = certificates;
         }
         Ok(token)
     })
@@ -352,8 +369,11 @@ mod hexadecimal {
     use super::TokenHash;
 
     pub fn serialize<S: Serializer>(hash: &TokenHash, to: S) -> Result<S::Ok, S::Error> {
-        let text: String = hash.iter().map(|byte| format!("{byte:02x}")).collect();
-        to.serialize_str(&text)
+        to.serialize_str(&text(hash))
+    }
+
+    pub fn text(hash: &[u8; 32]) -> String {
+        hash.iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
     pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<TokenHash, D::Error> {
@@ -361,7 +381,7 @@ mod hexadecimal {
         parse(&text).ok_or_else(|| D::Error::custom("sha256 must be 64 hexadecimal digits"))
     }
 
-    fn parse(text: &str) -> Option<TokenHash> {
+    pub fn parse(text: &str) -> Option<[u8; 32]> {
         let digits = text.as_bytes();
         if digits.len() != 64 {
             return None;
@@ -372,6 +392,26 @@ mod hexadecimal {
             *byte = (nibble(pair[0])? * 16 + nibble(pair[1])?) as u8;
         }
         Some(hash)
+    }
+}
+
+/// With colons or without, so that what openssl prints can be pasted.
+mod fingerprints {
+    use serde::de::Error as _;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    use super::{Fingerprint, hexadecimal};
+
+    pub fn serialize<S: Serializer>(all: &[Fingerprint], to: S) -> Result<S::Ok, S::Error> {
+        to.collect_seq(all.iter().map(hexadecimal::text))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Fingerprint>, D::Error> {
+        let all = Vec::<String>::deserialize(from)?;
+        let read = |text: &String| hexadecimal::parse(&text.replace(':', ""));
+        let fault = "certificates must be SHA-256 fingerprints, 64 hexadecimal digits each: \
+                     openssl x509 -in FILE -noout -fingerprint -sha256";
+        all.iter().map(|text| read(text).ok_or_else(|| D::Error::custom(fault))).collect()
     }
 }
 
@@ -400,7 +440,8 @@ mod tests {
     fn a_minted_token_is_found_and_is_not_in_the_file() {
         let (_dir, file) = file();
         let types = vec!["nginx".parse().expect("type")];
-        let token = mint(&file, "web-1", Some(types.clone()), None).expect("mint");
+        let token = mint(&file, "web-1", Terms { types: Some(types.clone()), ..Terms::default() })
+            .expect("mint");
         assert_eq!(token.len(), 3 + 43);
         let entry = find(&file, &token).expect("an entry");
         assert_eq!((entry.name.as_str(), entry.allowed_types()), ("web-1", types));
@@ -408,36 +449,40 @@ mod tests {
         let text = std::fs::read_to_string(&file).expect("text");
         assert!(!text.contains(&token), "{text}");
         assert_eq!(std::fs::metadata(&file).expect("meta").permissions().mode() & 0o777, FILE_MODE);
-        let again = mint(&file, "web-1", None, None).expect_err("exists").to_string();
+        let again = mint(&file, "web-1", Terms::default()).expect_err("exists").to_string();
         assert!(again.contains("--rotate"), "{again}");
     }
 
     #[test]
     fn rotation_keeps_the_sender_id_and_ends_the_old_token() {
         let (_dir, file) = file();
-        let old = mint(&file, "web-1", None, None).expect("mint");
+        let old = mint(&file, "web-1", Terms::default()).expect("mint");
         let id = find(&file, &old).expect("entry").id;
         revoke(&file, "web-1").expect("revoke");
         assert!(find(&file, &old).is_none(), "revoked");
-        let new = rotate(&file, "web-1", None, None).expect("rotate");
+        let new = rotate(&file, "web-1", Terms::default()).expect("rotate");
         assert_eq!(find(&file, &new).expect("entry").id, id);
         assert!(find(&file, &old).is_none());
-        assert!(matches!(rotate(&file, "nobody", None, None), Err(TokensError::Unknown { .. })));
+        assert!(matches!(
+            rotate(&file, "nobody", Terms::default()),
+            Err(TokensError::Unknown { .. })
+        ));
     }
 
     #[test]
     fn a_token_ends_at_its_expiry() {
         let (_dir, file) = file();
         let later = Timestamp::now() + jiff::SignedDuration::from_secs(3600);
-        let token = mint(&file, "web-1", None, Some(later)).expect("mint");
+        let token =
+            mint(&file, "web-1", Terms { expires: Some(later), ..Terms::default() }).expect("mint");
         let tokens = Tokens::load(&file).expect("load");
         let before = later - jiff::SignedDuration::from_secs(1);
         assert!(tokens.find(&hash(&token), before).is_some());
         assert_eq!(tokens.next_expiry(before), Some(later));
         assert!(tokens.find(&hash(&token), later).is_none());
         assert_eq!(tokens.next_expiry(later), None);
-        let past = Some(Timestamp::UNIX_EPOCH);
-        assert!(matches!(mint(&file, "web-2", None, past), Err(TokensError::Expired(_))));
+        let past = Terms { expires: Some(Timestamp::UNIX_EPOCH), ..Terms::default() };
+        assert!(matches!(mint(&file, "web-2", past), Err(TokensError::Expired(_))));
     }
 
     #[test]
@@ -467,7 +512,7 @@ mod tests {
         std::thread::scope(|scope| {
             for number in 0..8 {
                 let file = &file;
-                scope.spawn(move || mint(file, &format!("web-{number}"), None, None));
+                scope.spawn(move || mint(file, &format!("web-{number}"), Terms::default()));
             }
         });
         assert_eq!(Tokens::load(&file).expect("load").entries().len(), 8);

@@ -87,13 +87,13 @@ fn reload(file: &Path, tokens: &watch::Sender<Arc<Tokens>>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tokens::{hash, mint};
+    use crate::tokens::{self, hash, mint};
 
     #[test]
     fn a_broken_or_missing_file_keeps_the_entries_known_before() {
         let dir = tempfile::tempdir().expect("tempdir");
         let file = dir.path().join("tokens.toml");
-        let token = mint(&file, "web-1", None, None).expect("mint");
+        let token = mint(&file, "web-1", tokens::Terms::default()).expect("mint");
         let (sender, receiver) = watch::channel(Arc::new(Tokens::load(&file).expect("load")));
         let known = || receiver.borrow().find(&hash(&token), Timestamp::now()).is_some();
         std::fs::write(&file, "[[token]]\nbroken").expect("write");
@@ -112,9 +112,9 @@ mod tests {
         let dir = tempfile::tempdir().expect("tempdir");
         let file = dir.path().join("tokens.toml");
         assert!(Stamp::of(&file).is_none());
-        mint(&file, "web-1", None, None).expect("mint");
+        mint(&file, "web-1", tokens::Terms::default()).expect("mint");
         let before = Stamp::of(&file);
-        mint(&file, "web-2", None, None).expect("mint");
+        mint(&file, "web-2", tokens::Terms::default()).expect("mint");
         assert!(before != Stamp::of(&file));
     }
 }

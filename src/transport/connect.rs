@@ -18,7 +18,7 @@ use hyper::header::{
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use rustls::pki_types::ServerName;
-use rustls::{CertificateError, ClientConfig};
+use rustls::{AlertDescription, CertificateError, ClientConfig};
 use thiserror::Error;
 use tokio::net::{TcpStream, UnixStream, lookup_host};
 use tokio_rustls::TlsConnector;
@@ -159,7 +159,7 @@ impl ConnectError {
             ConnectError::Token
                 | ConnectError::Endpoint { .. }
                 | ConnectError::Tls { .. }
-                | ConnectError::Refused { status: 401 | 403, .. }
+                | ConnectError::Refused { status: 400 | 401 | 403, .. }
                 | ConnectError::ProxyRefused { status: 401 | 403 | 405 | 407, .. }
                 | ConnectError::Redirected { .. }
                 | ConnectError::Subprotocol { .. }
@@ -193,6 +193,12 @@ pub enum TlsFault {
     /// The answer is not TLS.
     #[error("the server does not speak TLS on this port; check the port, or use ws:// on loopback")]
     NotTls,
+    /// The server did not take our certificate, or wants one.
+    #[error(
+        "the server refuses this sender's client certificate ({0}); check --cert, and the authority \
+         that the server trusts for it"
+    )]
+    Refused(String),
     /// Anything else.
     #[error("{0}")]
     Other(String),
@@ -350,8 +356,40 @@ fn tls_fault(error: &io::Error) -> TlsFault {
             other => TlsFault::Other(other.to_string()),
         },
         Some(Error::InvalidMessage(_)) => TlsFault::NotTls,
+        Some(Error::AlertReceived(alert)) if is_about_certificates(*alert) => {
+            TlsFault::Refused(format!("{alert:?}"))
+        }
         Some(other) => TlsFault::Other(other.to_string()),
         None => TlsFault::Other(error.to_string()),
+    }
+}
+
+/// Alerts by which a server refuses what a client shows of itself (RFC 8446 §6.2).
+fn is_about_certificates(alert: AlertDescription) -> bool {
+    use AlertDescription as Alert;
+    matches!(
+        alert,
+        Alert::BadCertificate
+            | Alert::UnsupportedCertificate
+            | Alert::CertificateRevoked
+            | Alert::CertificateExpired
+            | Alert::CertificateUnknown
+            | Alert::UnknownCA
+            | Alert::AccessDenied
+            | Alert::DecryptError
+            | Alert::CertificateRequired
+    )
+}
+
+/// In TLS 1.3 a server's word on our certificate comes after the handshake, as an alert where the
+/// answer to the request is expected.
+fn broken(endpoint: &Endpoint, error: hyper::Error) -> ConnectError {
+    let cause = std::error::Error::source(&error).and_then(|cause| cause.downcast_ref());
+    match cause.map(tls_fault) {
+        Some(fault @ TlsFault::Refused(_)) => {
+            ConnectError::Tls { host: server_name(&endpoint.host).to_owned(), fault }
+        }
+        _ => ConnectError::Broken(error),
     }
 }
 
@@ -375,7 +413,8 @@ async fn upgrade(
         .map_err(ConnectError::Broken)?;
     let connection = connection.with_upgrades();
     let exchange = async {
-        let response = client.send_request(request).await.map_err(ConnectError::Broken)?;
+        let response =
+            client.send_request(request).await.map_err(|error| broken(endpoint, error))?;
         steps.note_answer(&response);
         accept(response, subprotocol, &key).await
     };
@@ -496,6 +535,9 @@ fn quoted(body: &str) -> String {
 
 fn advice(status: u16, body: &str) -> String {
     let advice = match status {
+        400 => {
+            "a proxy or the receiver takes this request for broken: check address and certificate"
+        }
         401 => "the token is unknown, expired or revoked: ask for one with `waybill token`",
         403 => "a proxy or the server itself forbids this request",
         429 => "this token has too many connections open",

@@ -23,7 +23,9 @@ use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper::{Method, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use rustls::ServerConfig;
+use rustls::pki_types::CertificateDer;
 use thiserror::Error;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Timeout;
@@ -46,6 +48,9 @@ const HANDSHAKES_MAX: usize = 128;
 
 /// The largest header of a request, in bytes.
 const HEADER_BYTES_MAX: usize = 16 << 10;
+
+/// Bytes that are read in vain of a peer whose TLS handshake failed.
+const REFUSED_BYTES: u64 = 64 << 10;
 
 /// Pause after an accept that failed, which is as a rule for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
@@ -76,12 +81,19 @@ impl fmt::Display for Peer {
 pub struct Request {
     head: hyper::http::request::Parts,
     peer: Peer,
+    /// What TLS verified, in DER.
+    certificate: Option<CertificateDer<'static>>,
 }
 
 impl Request {
     /// Who sent it.
     pub fn peer(&self) -> Peer {
         self.peer
+    }
+
+    /// The client certificate in DER that this listener's TLS verified.
+    pub fn certificate(&self) -> Option<&[u8]> {
+        self.certificate.as_deref()
     }
 
     /// Its path, without a query.
@@ -464,35 +476,46 @@ async fn handshake<H: Handler>(
     tls: Option<Arc<ServerConfig>>,
     handler: Arc<H>,
 ) -> Result<Option<(H::Session, Socket)>, String> {
-    let io = match stream {
+    let (io, certificate) = match stream {
         Accepted::Tcp(stream) => secure(stream, tls).await?,
         Accepted::Unix(stream) => secure(stream, tls).await?,
     };
-    exchange(io, peer, &*handler).await
+    exchange(io, peer, certificate, &*handler).await
 }
 
+/// The stream, and the client certificate that was verified on the way.
 async fn secure(
     stream: impl Stream + 'static,
     tls: Option<Arc<ServerConfig>>,
-) -> Result<Io, String> {
-    match tls {
-        None => Ok(Io::new(stream)),
-        Some(config) => {
-            let stream = TlsAcceptor::from(config).accept(stream).await;
-            stream.map(Io::new).map_err(|error| format!("TLS: {error}"))
+) -> Result<(Io, Option<CertificateDer<'static>>), String> {
+    let Some(config) = tls else { return Ok((Io::new(stream), None)) };
+    let stream = match TlsAcceptor::from(config).accept(stream).into_fallible().await {
+        Ok(stream) => stream,
+        Err((error, mut stream)) => {
+            // A close with bytes unread resets the connection, and the alert that says why may not
+            // be read then.
+            let _ = stream.shutdown().await;
+            let _ = tokio::io::copy(&mut stream.take(REFUSED_BYTES), &mut tokio::io::sink()).await;
+            return Err(format!("TLS: {error}"));
         }
-    }
+    };
+    let chain = stream.get_ref().1.peer_certificates();
+    let certificate = chain.and_then(|chain| chain.first()).map(|own| own.clone().into_owned());
+    Ok((Io::new(stream), certificate))
 }
 
 /// Reads one request and answers it; gives the socket where it was upgraded.
 async fn exchange<H: Handler>(
     io: Io,
     peer: Peer,
+    certificate: Option<CertificateDer<'static>>,
     handler: &H,
 ) -> Result<Option<(H::Session, Socket)>, String> {
     let upgrade: Mutex<Option<(H::Session, OnUpgrade)>> = Mutex::new(None);
     let service = hyper::service::service_fn(|request: hyper::Request<Body>| {
-        let response = respond(request, peer, handler, &upgrade);
+        let (head, on_upgrade) = split(request);
+        let request = Request { head, peer, certificate: certificate.clone() };
+        let response = respond(&request, on_upgrade, handler, &upgrade);
         async { Ok::<_, Infallible>(response) }
     });
     let connection = hyper::server::conn::http1::Builder::new()
@@ -507,16 +530,18 @@ async fn exchange<H: Handler>(
     Ok(Some((session, Socket::server(parts.io.into_inner(), parts.read_buf).await)))
 }
 
+fn split(mut request: hyper::Request<Body>) -> (hyper::http::request::Parts, OnUpgrade) {
+    let on_upgrade = hyper::upgrade::on(&mut request);
+    (request.into_parts().0, on_upgrade)
+}
+
 fn respond<H: Handler>(
-    mut request: hyper::Request<Body>,
-    peer: Peer,
+    request: &Request,
+    on_upgrade: OnUpgrade,
     handler: &H,
     upgrade: &Mutex<Option<(H::Session, OnUpgrade)>>,
 ) -> Response<Full<Bytes>> {
-    let on_upgrade = hyper::upgrade::on(&mut request);
-    let (head, _) = request.into_parts();
-    let request = Request { head, peer };
-    let (subprotocol, session) = match handler.answer(&request) {
+    let (subprotocol, session) = match handler.answer(request) {
         Answer::Refuse(refuse) => return refused(&refuse),
         Answer::Accept { .. } if !request.is_upgrade() => {
             return refused(&Refuse::new(426, "this address speaks WebSocket only\n"));

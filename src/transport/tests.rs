@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::*;
-use crate::config::{Endpoint, EndpointAddress, Listen, ServerTls};
+use crate::config::{Endpoint, EndpointAddress, Identity, Listen};
 use crate::protocol::{MESSAGE_BYTES_MAX, SUBPROTOCOL};
 use crate::tls;
 
@@ -120,24 +120,24 @@ impl Authority {
     }
 
     fn client(&self) -> Arc<ClientConfig> {
-        tls::client_config(Some(&self.dir.path().join("ca.pem"))).expect("client")
+        tls::client_config(Some(&self.dir.path().join("ca.pem")), None).expect("client")
     }
 
-    fn files(&self, name: &str, years: (i32, i32)) -> ServerTls {
+    fn files(&self, name: &str, years: (i32, i32)) -> Identity {
         let key = KeyPair::generate().expect("key");
         let mut params = CertificateParams::new([name.to_owned()]).expect("params");
         params.not_before = rcgen::date_time_ymd(years.0, 1, 1);
         params.not_after = rcgen::date_time_ymd(years.1, 1, 1);
         let certificate = params.signed_by(&key, &self.issuer).expect("signed");
         let path = |suffix: &str| self.dir.path().join(format!("{name}.{}.{suffix}", years.1));
-        let files = ServerTls { certificate: path("crt"), key: path("key") };
+        let files = Identity { certificate: path("crt"), key: path("key") };
         std::fs::write(&files.certificate, certificate.pem()).expect("write");
         std::fs::write(&files.key, key.serialize_pem()).expect("write");
         files
     }
 
     fn server(&self, name: &str, years: (i32, i32)) -> Server {
-        serve(Some(tls::server_config(&self.files(name, years)).expect("server")))
+        serve(Some(tls::server_config(&self.files(name, years), None).expect("server")))
     }
 }
 
@@ -412,8 +412,8 @@ fn faults_of_certificate_files_are_told_apart() {
     let empty = authority.dir.path().join("empty.pem");
     std::fs::write(&empty, "no PEM here\n").expect("write");
     let fault = |certificate: &Path, key: &Path| {
-        let files = ServerTls { certificate: certificate.into(), key: key.into() };
-        tls::server_config(&files).expect_err("a fault")
+        let files = Identity { certificate: certificate.into(), key: key.into() };
+        tls::server_config(&files, None).expect_err("a fault")
     };
     assert!(matches!(fault(&missing, &good.key), TlsError::Unreadable { what: "certificate", .. }));
     assert!(matches!(fault(&empty, &good.key), TlsError::Empty { what: "certificate", .. }));
@@ -423,7 +423,7 @@ fn faults_of_certificate_files_are_told_apart() {
     ));
     assert!(matches!(fault(&good.certificate, &other.key), TlsError::Mismatch { .. }));
     assert!(matches!(
-        tls::client_config(Some(&empty)),
+        tls::client_config(Some(&empty), None),
         Err(TlsError::Empty { what: "CA file", .. })
     ));
 }

@@ -11,13 +11,14 @@ use crate::support::store::{assert_lines, assert_slow_retries, wait_for_lines};
 use crate::support::waybill::{Bench, Certificates, PATIENCE, Process, Receiver, lines, waybill};
 
 /// An authority that outlives the certificates it signs.
-struct Authority {
+pub struct Authority {
     params: rcgen::CertificateParams,
     key: rcgen::KeyPair,
 }
 
 impl Authority {
-    fn new(folder: &Path) -> Authority {
+    /// Writes `trusted.pem`.
+    pub fn new(folder: &Path) -> Authority {
         let key = rcgen::KeyPair::generate().expect("a key");
         let mut params = rcgen::CertificateParams::new(Vec::new()).expect("names");
         params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
@@ -27,14 +28,41 @@ impl Authority {
     }
 
     /// Replaces `server.pem` and `server.key`.
-    fn sign(&self, folder: &Path, name: &str, change: impl FnOnce(&mut rcgen::CertificateParams)) {
+    pub fn sign(
+        &self,
+        folder: &Path,
+        name: &str,
+        change: impl FnOnce(&mut rcgen::CertificateParams),
+    ) {
+        self.sign_as(folder, "server", name, change);
+    }
+
+    /// Replaces `FILE.pem` and `FILE.key`, for a sender of this name.
+    pub fn sign_client(&self, folder: &Path, file: &str, name: &str) {
+        self.sign_as(folder, file, name, |params| {
+            // OpenSSL takes a certificate with its issuer's name for a self-signed one.
+            params.distinguished_name = rcgen::DistinguishedName::new();
+            params.distinguished_name.push(rcgen::DnType::CommonName, name);
+        });
+    }
+
+    fn sign_as(
+        &self,
+        folder: &Path,
+        file: &str,
+        name: &str,
+        change: impl FnOnce(&mut rcgen::CertificateParams),
+    ) {
         let issuer = rcgen::Issuer::from_params(&self.params, &self.key);
         let key = rcgen::KeyPair::generate().expect("a key");
         let mut params = rcgen::CertificateParams::new(vec![name.to_owned()]).expect("names");
         change(&mut params);
         let certificate = params.signed_by(&key, &issuer).expect("a certificate");
-        fs::write(folder.join("server.pem"), certificate.pem()).expect("written");
-        fs::write(folder.join("server.key"), key.serialize_pem()).expect("written");
+        let keyed = folder.join(format!("{file}.key"));
+        fs::write(folder.join(format!("{file}.pem")), certificate.pem()).expect("written");
+        fs::write(&keyed, key.serialize_pem()).expect("written");
+        let private = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+        fs::set_permissions(&keyed, private).expect("chmod");
     }
 }
 
@@ -124,7 +152,7 @@ fn a_certificate_that_is_wrong_ends_once_at_once() {
 }
 
 /// The shipped configuration with the paths of this test.
-fn nginx_text(folder: &Path, port: u16) -> String {
+pub fn nginx_text(folder: &Path, port: u16) -> String {
     let mut text =
         fs::read_to_string(root().join("nginx/receiver.conf")).expect("the shipped file");
     let at = |name: &str| folder.join(name).display().to_string();

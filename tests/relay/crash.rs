@@ -30,7 +30,7 @@ fn short_frames_are_sent_again_when_the_receiver_dies() {
     let mut sender = bench.sender(&receiver, &["app.log"]);
     for number in 0..20 {
         // It accepts bytes and answers none of them.
-        receiver.process().signal("-STOP");
+        receiver.process().freeze();
         bench.append("app.log", format!("line {number}\n"));
         wait_until("a line is on the wire", PATIENCE, || unread(receiver.port()) > 0);
         receiver.restart();
@@ -99,7 +99,8 @@ fn a_signal_drains_and_saves_and_ends_with_0() {
     let bench = Bench::new();
     let receiver = bench.receiver();
     bench.write("app.log", lines("line", 200_000));
-    let mut sender = bench.sender(&receiver, &["app.log", "--receipts", "receipts.jsonl"]);
+    let arguments = ["app.log", "--receipts", "receipts.jsonl", "--drain-timeout", "1h"];
+    let mut sender = bench.sender(&receiver, &arguments);
     wait_until("some receipts came", PATIENCE, || bench.size_of("receipts.jsonl") > 0);
     assert_eq!(sender.stop().code(), Some(0));
     // Everything on its way was receipted, and the positions are saved: nothing is sent twice.
@@ -118,7 +119,7 @@ fn a_drain_is_bounded_and_a_second_signal_ends_it_at_once() {
     bench.write("app.log", "one\n");
     let mut sender = bench.sender(&receiver, &["app.log", "--drain-timeout", "1h"]);
     bench.wait_for_lines(1);
-    receiver.process().signal("-STOP");
+    receiver.process().freeze();
     // Some of it is on the wire, without a receipt.
     bench.append("app.log", lines("line", 200_000));
     wait_until("lines are on the wire", PATIENCE, || unread(receiver.port()) > 100_000);
@@ -131,7 +132,7 @@ fn a_drain_is_bounded_and_a_second_signal_ends_it_at_once() {
     bench.send_once(&receiver, &["app.log"]).ok();
     bench.assert_lines(numbered("line", 200_000).chain(["one".to_owned()]));
     // A bounded one ends by itself.
-    receiver.process().signal("-STOP");
+    receiver.process().freeze();
     let mut sender = bench.sender(&receiver, &["app.log", "--drain-timeout", "100ms"]);
     sender.wait_for_log("following");
     assert!(sender.stop().success());

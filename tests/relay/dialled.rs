@@ -424,11 +424,15 @@ fn the_same_receiver_takes_over_at_once_and_another_one_stands_by() {
     let text = lines(&tag, 20_000);
     let first_line = text.find('\n').expect("a line") + 1;
     bench.write("app.log", &text[..first_line]);
-    let mut sender = reversed.sender(port, &["app.log"]);
+    let mut sender = reversed.sender(port, &["app.log", "--receipts", "receipts.jsonl"]);
     let first = reversed.receiver(&[&dial(port)]);
-    wait_for_lines(bench, 1);
+    // A receipt, not only a line that can be read: a process that is stopped while it holds the lock of
+    // the store stops the second one, too.
+    wait_until("the first receipt", PATIENCE, || {
+        fs::read(bench.path("receipts.jsonl")).is_ok_and(|text| text.ends_with(b"\n"))
+    });
     // As after a lost network: the connection stands, and nobody is there.
-    first.signal("-STOP");
+    first.freeze();
     bench.append("app.log", &text[first_line..]);
     let mut second = reversed.receiver(&[&dial(port)]);
     sender.wait_for_log("another connection under this token takes over");

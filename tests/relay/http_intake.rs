@@ -3,11 +3,12 @@
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::process::Command;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::Value;
 
-use super::support::servers::{Elasticsearch, free_port, http, wait_until};
+use super::support::servers::{Elasticsearch, free_port, have, http, root, wait_until};
 use super::support::waybill::{Bench, PATIENCE, Process, Receiver};
 
 const NDJSON: &str = "application/x-ndjson";
@@ -81,6 +82,47 @@ fn a_post_repeated_after_a_lost_answer_makes_no_second_document() {
     assert_eq!(ids(&receipts(&bench)), ids(&first), "a repeat has the ids of the first");
     let stored = receipts(&bench).iter().filter(|receipt| receipt["verdict"] == "stored").count();
     assert_eq!(stored, 3);
+}
+
+/// The commands in syslog-ng/README.md, as they stand but for the port.
+#[test]
+fn the_curl_lines_of_the_readme_store_what_they_say() {
+    if !have("curl", "curl") {
+        return;
+    }
+    let text = std::fs::read_to_string(root().join("syslog-ng/README.md")).expect("the README");
+    let blocks: Vec<&str> = text.split("\n```sh\n").skip(1).collect();
+    let [block] = blocks[..] else { panic!("one block of commands, not {}", blocks.len()) };
+    let commands = block.split("\n```").next().expect("an end");
+    assert_eq!(commands.matches("curl ").count(), 2, "{commands}");
+    assert!(commands.contains("127.0.0.1:8514"), "{commands}");
+
+    let bench = Bench::new();
+    let receiver = bench.receiver();
+    let port = free_port();
+    let mut sender = intake(&bench, &receiver, port);
+    bench.write("lines.txt", "one\ntwo\n");
+    // A day that the receiver takes, whenever this runs.
+    let today = jiff::Timestamp::now().strftime("%Y-%m-%dT").to_string();
+    assert!(commands.contains("\"2026-11-21T"), "{commands}");
+    let script = commands
+        .replace("8514", &port.to_string())
+        .replace("2026-11-21T", &today)
+        .replace("curl ", "curl -sS --fail-with-body ");
+    // Twice: the line with a key and a time is stored once, those without twice.
+    for round in 1..=2 {
+        let output = Command::new("sh")
+            .args(["-e", "-c", &script])
+            .current_dir(bench.path(""))
+            .output()
+            .expect("sh");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        wait_for_receipts(&bench, 3 * round);
+    }
+    assert!(sender.stop().success());
+    assert_eq!(bench.messages(), ["hello", "one", "one", "two", "two"]);
+    let hello = bench.stored().into_iter().find(|hit| hit["message"] == "hello").expect("stored");
+    assert_eq!(hello["@timestamp"], format!("{today}10:00:00.250Z"));
 }
 
 #[test]

@@ -268,49 +268,6 @@ fn systemd_socket_activate_starts_the_sender_with_its_socket() {
     assert!(sender.stop().success());
 }
 
-/// What stands before a receiver fails in its own ways: the sender says which, and goes on by
-/// itself when it is mended.
-#[test]
-fn a_front_that_fails_is_named_and_recovered_from() {
-    let bench = Bench::new();
-    let mut receiver = bench.receiver();
-    let port = free_port();
-    let with = |location: &str| {
-        http_block(&format!("server {{ listen 127.0.0.1:{port}; location / {{ {location} }} }}"))
-    };
-    let good = format!(
-        "proxy_pass http://127.0.0.1:{}/; proxy_http_version 1.1; \
-         proxy_set_header Upgrade $http_upgrade; proxy_set_header Connection upgrade; \
-         proxy_set_header Host $host;",
-        receiver.port()
-    );
-    receiver.stop();
-    // The receiver is down: nginx's own 502.
-    let Some(nginx) = Nginx::start(&with(&good)) else { return };
-    bench.write("app.log", lines("line", 100));
-    let mut command = bench.send_command(&format!("ws://127.0.0.1:{port}/"), &["app.log"]);
-    command.args(["--log-level", "debug"]);
-    let sender = Process::start("sender", command, bench.path("sender.log"));
-    sender.wait_for_log("refused with HTTP status 502");
-    for (location, says) in [
-        ("return 504;", "refused with HTTP status 504"),
-        ("default_type text/html; return 200 '<html>Log in to this network</html>';", "no Waybill"),
-        ("return 429;", "refused with HTTP status 429"),
-    ] {
-        nginx.reload(&with(location));
-        wait_until(says, PATIENCE, || {
-            let log = sender.log();
-            log.contains(says) || (says == "no Waybill" && log.contains("HTTP status 200"))
-        });
-    }
-    nginx.reload(&with("return 302 https://elsewhere.example/login;"));
-    sender.wait_for_log("redirected with HTTP status 302 to \"https://elsewhere.example/login\"");
-    assert!(bench.messages().is_empty());
-    receiver.start();
-    nginx.reload(&with(&good));
-    wait_until("every line", PATIENCE, || bench.messages().len() == 100);
-}
-
 /// The shipped front before two receivers: one is enough, the other takes over, and a client that
 /// dials too often is told to wait.
 #[test]
@@ -383,7 +340,7 @@ fn the_front_for_several_receivers_spreads_limits_and_names_certificates() {
     let curl = |arguments: &[&str]| {
         let output = Command::new("curl")
             .args(["-s", "-o", "/dev/null", "-w", "%{http_code}", "--cacert", &ca])
-            .args(["-H", "X-Client-Verify: SUCCESS", "-H", "X-Client-Fingerprint: forged"])
+            .args(["-H", "X-Client-Verify: SUCCESS", "-H", "X-Client-Certificate: forged"])
             .args(arguments)
             .arg(format!("https://localhost:{port}/"))
             .output()
@@ -398,12 +355,7 @@ fn the_front_for_several_receivers_spreads_limits_and_names_certificates() {
     assert!(heads[0].contains("X-Client-Verify: NONE\r\n"), "{}", heads[0]);
     assert!(!heads[0].contains("forged"), "{}", heads[0]);
     assert!(heads[1].contains("X-Client-Verify: SUCCESS\r\n"), "{}", heads[1]);
-    assert!(heads[1].contains("X-Client-Subject: CN=web-1\r\n"), "{}", heads[1]);
-    let hexadecimal = heads[1]
-        .lines()
-        .find_map(|line| line.strip_prefix("X-Client-Fingerprint: "))
-        .expect("a fingerprint");
-    assert!(hexadecimal.len() == 40 && hexadecimal.bytes().all(|b| b.is_ascii_hexdigit()));
+    assert!(heads[1].contains("X-Client-Certificate: -----BEGIN%20CERT"), "{}", heads[1]);
 
     // Over one connection, hence faster than any limit that suits senders.
     let answers = Command::new("curl")

@@ -124,6 +124,29 @@ fn two_rotations_with_the_sender_down() {
     }
 }
 
+/// A file that was found under its rotated name is found there again, though no pattern names it and nobody knows what
+/// has its plain name by then.
+#[test]
+fn left_under_its_rotated_name_through_two_restarts() {
+    let bench = Bench::new();
+    let mut receiver = bench.receiver();
+    bench.write("app.log", lines("first", 500));
+    bench.send_once(&receiver, &["app.log"]).ok();
+    receiver.stop();
+    bench.append("app.log", lines("rest", 100));
+    rename(&bench, "app.log", "app.log.1");
+    bench.write("other.log", lines("other", 10));
+    let arguments = ["app.log", "other.log", "--drain-timeout", "100ms"];
+    let mut sender = bench.sender(&receiver, &arguments);
+    sender.wait_for_log("app.log.1");
+    assert!(sender.stop().success());
+    bench.write("app.log", lines("second", 100));
+    receiver.start();
+    bench.send_once(&receiver, &["app.log", "other.log"]).ok();
+    let all = numbered("first", 500).chain(numbered("rest", 100)).chain(numbered("second", 100));
+    bench.assert_lines(all.chain(numbered("other", 10)));
+}
+
 #[test]
 fn a_generation_that_ended_before_we_came_is_not_sent() {
     let bench = Bench::new();
@@ -239,6 +262,36 @@ fn an_equal_file_beside_one_that_rests_is_sent() {
     bench.send_once(&receiver, &["logs/*.log"]).ok();
     let ends = ["end of a", "end of b"].map(String::from);
     bench.assert_lines(several(&["line", "line"], 100).chain(ends));
+}
+
+/// A generation of a few lines, which for a minute could as well be the beginning of a copy, and whose name no pattern
+/// holds: it is looked at again when it has settled.
+#[test]
+fn a_short_generation_that_came_and_went_unseen_is_sent_when_it_has_settled() {
+    for once in [true, false] {
+        let bench = Bench::new();
+        let receiver = bench.receiver();
+        bench.write("app.log", lines("first", 500));
+        let mut sender = bench.sender(&receiver, &["app.log"]);
+        bench.wait_for_lines(500);
+        if once {
+            assert!(sender.stop().success());
+        } else {
+            sender.signal("-STOP");
+        }
+        fs::rename(bench.path("app.log"), bench.path("app.log.2")).expect("rename");
+        bench.write("app.log.1", lines("short", 3));
+        bench.write("app.log", lines("last", 500));
+        if once {
+            bench.send_once(&receiver, &["app.log"]).ok();
+        } else {
+            sender.signal("-CONT");
+            bench.wait_for_lines(1003);
+            assert!(sender.stop().success());
+        }
+        let expected = several(&["first", "last"], 500).chain(several(&["short"], 3));
+        bench.assert_lines(expected);
+    }
 }
 
 pub fn set_modified(bench: &Bench, name: &str, time: SystemTime) {

@@ -23,7 +23,9 @@ impl Supervisor {
             return None;
         }
         let at = |name: &str| bench.path(name).display().to_string();
-        let log = bench.path("supervisord.log");
+        // Among the files of its programs, as on Debian.
+        bench.write("log/.keep", "");
+        let log = bench.path("log/supervisord.log");
         let text = format!(
             "[supervisord]\nnodaemon=true\nlogfile={}\npidfile={}\n\
              [unix_http_server]\nfile={socket}\n\
@@ -233,7 +235,6 @@ fn supervisors_files_are_tailed() {
     let files = files.replace(from, &to);
     let files =
         files.replace("/var/log/waybill-send.log", &bench.path("send.log").display().to_string());
-    bench.write("log/.keep", "");
     // A generation that is rotated away before the file was first seen is no generation of it.
     let go = bench.path("go");
     let script = bench.write(
@@ -256,8 +257,21 @@ fn supervisors_files_are_tailed() {
     fs::write(&go, "").expect("write");
     supervisor.kill_hard("waybill");
     wait_until("every line", PATIENCE, || counts(&bench, "line ").len() == 3000);
-    let counts = counts(&bench, "line ");
-    assert!(counts.values().all(|count| *count == 1));
+    assert!(counts(&bench, "line ").values().all(|count| *count == 1));
     assert!(bench.path("log/talker.log.1").exists(), "it was rotated");
+
+    // supervisord's own log came the same way: its lines are text, and their times are read.
+    let own = supervisor.log();
+    let line = own.lines().find(|line| line.contains("INFO spawned: 'talker'")).expect("a line");
+    wait_until("its line", PATIENCE, || counts(&bench, line).len() == 1);
+    let documents = bench.stored();
+    let document = documents.iter().find(|hit| hit["message"] == line).expect("found");
+    // `2026-11-21 10:00:00,123 INFO …`, in the machine's zone.
+    let local: jiff::civil::DateTime = line[..23].replace(',', ".").parse().expect("a time");
+    let time = local.to_zoned(jiff::tz::TimeZone::system()).expect("a zoned time").timestamp();
+    let stored: jiff::Timestamp =
+        document["@timestamp"].as_str().expect("a time").parse().expect("a time");
+    assert_eq!(stored, time, "{document}");
+    assert_eq!(document["waybill"]["type"], "supervisor", "{document}");
     drop(supervisor.process);
 }

@@ -3,13 +3,13 @@
 use std::fs;
 use std::io::{self, Write};
 use std::net::{TcpStream, UdpSocket};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::support::servers::{SyslogNg, cache, free_port, quick, skip, wait_until};
+use super::support::servers::{SyslogNg, free_port, quick, skip, unpacked, wait_until};
 use super::support::waybill::{Bench, Certificates, PATIENCE, Process, Receiver, lines, waybill};
 
 /// A sender's listeners, each on a port of its own.
@@ -53,7 +53,7 @@ fn certificates(bench: &Bench) -> Certificates {
 }
 
 /// `waybill send --config` with this `[[source]]`.
-fn sender_of(bench: &Bench, receiver: &Receiver, settings: &str, source: &str) -> Process {
+pub fn sender_of(bench: &Bench, receiver: &Receiver, settings: &str, source: &str) -> Process {
     let text = format!(
         "to = {:?}\ntoken_file = 'test.token'\nstate_dir = 'state'\n{settings}\n{source}",
         receiver.url()
@@ -158,7 +158,7 @@ fn logger_by_udp_tcp_and_octet_count_in_both_formats() {
 // --- syslog-ng -------------------------------------------------------------------------------------------------------
 
 /// Destinations of syslog-ng, still without their closing parenthesis, by the program's name that marks their lines.
-fn syslog_ng_configuration(destinations: &[(&str, String)]) -> String {
+pub fn syslog_ng_configuration(destinations: &[(&str, String)]) -> String {
     let mut text = "@version: 3.35\noptions { time-reopen(1); stats-freq(0); };\n\
         source s { file(\"@FOLDER@/in.log\" flags(no-parse) follow-freq(0.1)); };\n"
         .to_owned();
@@ -283,14 +283,8 @@ fn syslog_ng_dials_again_after_a_kill_and_nothing_stored_is_doubled() {
 
 /// rsyslog's daemon with its folders of modules and libraries: the one on the PATH, else the one that `scripts/test`
 /// unpacked beside syslog-ng.
-fn rsyslogd(configuration: &Path, work: &Path) -> Option<Command> {
-    let root = [PathBuf::from("/"), cache().join("rsyslog")]
-        .into_iter()
-        .find(|root| root.join("usr/sbin/rsyslogd").is_file());
-    let Some(root) = root.filter(|_| !quick()) else {
-        skip("rsyslogd is missing; scripts/test fetches it");
-        return None;
-    };
+pub fn rsyslogd(configuration: &Path, work: &Path) -> Option<Command> {
+    let root = unpacked("rsyslog", "usr/sbin/rsyslogd")?;
     let libraries = root.join("usr/lib").join(format!("{}-linux-gnu", std::env::consts::ARCH));
     let mut command = Command::new(root.join("usr/sbin/rsyslogd"));
     command
@@ -382,7 +376,7 @@ fn what_the_kernel_drops_of_udp_is_counted_to_the_last_datagram() {
     let mut sender = sender_of(&bench, &receiver, "", &source);
     let client = UdpSocket::bind("127.0.0.1:0").expect("bind");
     client.connect(("127.0.0.1", port)).expect("connect");
-    sender.signal("-STOP");
+    sender.freeze();
     for number in 0..SENT {
         let line = format!("<13>Nov 21 08:00:00 host app: line {number}");
         assert_eq!(client.send(line.as_bytes()).expect("loopback takes all"), line.len());
@@ -447,6 +441,7 @@ fn a_full_spool_holds_tcp_back_and_counts_what_udp_loses() {
     assert_eq!(stored.iter().filter(datagrams).count(), taken);
     assert!(sender.stop().success());
     assert_eq!(sum_of(&sender.log(), "lost"), lost);
+    assert_eq!(sum_of(&sender.log(), "lost_datagrams"), lost, "in the totals too");
 }
 
 // --- Bad peers and bad places ----------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ fn every_shipped_file_passes_the_syntax_check() {
 }
 
 /// Lines in the embedded store, the ones stored twice counted twice.
-fn stored(bench: &Bench) -> usize {
+pub fn stored(bench: &Bench) -> usize {
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY;
     let Ok(store) = Connection::open_with_flags(bench.path("store.sqlite"), flags) else {
         return 0;
@@ -132,6 +132,8 @@ impl<'b> Mortal<'b> {
 
     /// Waits for the last receipt and stops.
     fn finish(mut self) {
+        // A process that was just started knows of no signals yet.
+        self.process.wait_for_log("connected");
         assert!(self.process.stop().success());
     }
 }

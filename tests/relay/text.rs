@@ -189,7 +189,7 @@ fn lines_with_keys_survive_a_kill_in_the_middle_and_each_is_stored_once() {
         feed(&messages(0, LINES - 1000))(input);
         bench.wait_for_lines(100);
         // Some lines are in its hands, and some will be that it never reads.
-        receiver.process().signal("-STOP");
+        receiver.process().freeze();
         feed(&messages(LINES - 1000, LINES))(input);
         wait_until("lines are on the wire", PATIENCE, || unread(receiver.port()) > 0);
         receiver.kill_hard();

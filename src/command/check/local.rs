@@ -58,7 +58,7 @@ pub(super) fn source(report: &mut Report, source: &SourceConfig) -> io::Result<(
             queue(report, name)
         }
         Input::UnixStream { path, .. } => socket(report, name, path),
-        Input::SyslogTcp { tls: Some(tls), .. } => certificate(report, "tls", name, tls),
+        Input::SyslogTcp { tls: Some(tls), .. } => certificate(report, "tls", name, tls, None),
         // Ports and standard input cannot be tried without taking them from who has them.
         _ => Ok(()),
     }
@@ -168,9 +168,11 @@ pub(super) fn certificate(
     report: &mut Report,
     check: &str,
     of: Option<&str>,
-    files: &crate::config::ServerTls,
+    files: &crate::config::Identity,
+    client_ca: Option<&Path>,
 ) -> io::Result<()> {
-    let end = crate::tls::server_config(files).and_then(|_| crate::tls::end_of(&files.certificate));
+    let end = crate::tls::server_config(files, client_ca)
+        .and_then(|_| crate::tls::end_of(&files.certificate));
     match end {
         Ok(end) => report.certificate(check, of, end),
         Err(error) => report.fail(check, of, error.to_string()),

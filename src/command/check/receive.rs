@@ -23,7 +23,7 @@ pub(super) async fn check(
         local::socket(report, None, path)?;
     }
     if let Some(tls) = &config.tls {
-        local::certificate(report, "tls", None, tls)?;
+        local::certificate(report, "tls", None, tls, config.client_ca.as_deref())?;
     }
     tokens(report, &config.tokens, "sender")?;
     for sender in &config.dials {

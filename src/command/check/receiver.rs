@@ -2,11 +2,10 @@
 
 use std::io;
 use std::net::IpAddr;
-use std::path::Path;
 use std::time::Duration;
 
 use super::{Report, http_date};
-use crate::config::Endpoint;
+use crate::config::{DialConfig, Endpoint};
 use crate::protocol::SUBPROTOCOL;
 use crate::record::escape_path;
 use crate::tls;
@@ -20,17 +19,18 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 pub(super) async fn check(
     report: &mut Report,
     endpoint: &Endpoint,
-    token_file: &Path,
-    ca: Option<&Path>,
+    dial: &DialConfig,
 ) -> io::Result<()> {
     let of = Some(endpoint.url.as_str());
+    let token_file = &dial.token_file;
     let token = match std::fs::read_to_string(token_file) {
         Ok(token) => token,
         Err(error) => {
             return report.fail("token", of, format!("{}: {error}", escape_path(token_file)));
         }
     };
-    let tls = match endpoint.tls.then(|| tls::client_config(ca)).transpose() {
+    let config = || tls::client_config(dial.ca.as_deref(), dial.identity.as_ref());
+    let tls = match endpoint.tls.then(config).transpose() {
         Ok(tls) => tls,
         Err(error) => return report.fail("tls", of, error.to_string()),
     };

@@ -20,7 +20,7 @@ pub(super) async fn check(
     match &config.connection {
         ConnectionConfig::Dial(dial) => {
             for endpoint in &dial.to {
-                receiver::check(report, endpoint, &dial.token_file, dial.ca.as_deref()).await?;
+                receiver::check(report, endpoint, dial).await?;
             }
         }
         ConnectionConfig::Listen(listening) => {
@@ -28,7 +28,7 @@ pub(super) async fn check(
                 local::socket(report, None, path)?;
             }
             if let Some(tls) = &listening.tls {
-                local::certificate(report, "tls", None, tls)?;
+                local::certificate(report, "tls", None, tls, None)?;
             }
             receive::tokens(report, &listening.tokens, "receiver")?;
         }

@@ -15,10 +15,8 @@ use uuid::Uuid;
 use super::{FileSource, Follower, Held, Resting};
 use crate::descriptors;
 use crate::record::{Framing, escape_path, unescape_path};
-use crate::sender::rows::{Attributes, Opening};
-use crate::sender::stream::place;
+use crate::sender::rows::passed_over;
 use crate::source::files::discovery::has_wildcard;
-use crate::source::files::fingerprint::{FINGERPRINT_BYTES, fingerprint, first_bytes, prefix};
 use crate::source::files::recognition::{self, Decision, Found, Known, Surroundings};
 use crate::source::files::siblings::base;
 use crate::source::files::survey::{Scope, Survey, SurveyError, survey};
@@ -115,16 +113,15 @@ impl Follower {
 
     /// Notes durably, before anything is followed, which rotated files were there before us.
     fn pass_over(&mut self, sources: &[usize], passed: Vec<Decision>) -> io::Result<()> {
-        let mut entries = Vec::new();
+        let (mut entries, mut at_rest) = (Vec::new(), Vec::new());
         for decision in passed {
             let Decision::PassOver { mut found } = decision else { continue };
             let path = escape_path(&found.path);
-            match passed_over(&self.sources[found.source].attributes, &mut found) {
+            let attributes = &self.sources[found.source].attributes;
+            match passed_over(attributes, &mut found.tail, &found.path) {
                 Ok(entry) => {
                     info!(%path, "a rotated file from before the first run: passed over");
-                    if let Some(resting) = resting(&entry) {
-                        self.resting.insert(found.tail.inode(), resting);
-                    }
+                    at_rest.extend(resting(&entry).map(|rests| (found.tail.inode(), rests)));
                     entries.push(entry);
                 }
                 Err(error) => self.complain(&found.path, format!("cannot be read: {error}"), true),
@@ -132,8 +129,10 @@ impl Follower {
         }
         let name = |number: &usize| self.sources[*number].attributes.source.name.clone();
         let names = sources.iter().map(name).collect();
-        self.at_rest.extend(entries.iter().map(|entry| entry.run));
-        self.context.state.pass_over(names, entries)
+        self.context.state.pass_over(names, entries, &[])?;
+        self.at_rest.extend(at_rest.iter().map(|(_, resting)| resting.run));
+        self.resting.extend(at_rest);
+        Ok(())
     }
 
     /// Where the file of a run in hand is now. That of a kept copy is gone.
@@ -188,38 +187,6 @@ pub(super) enum Undecided {
 pub(super) fn family(path: &Path) -> PathBuf {
     let base = path.file_name().map_or(&[][..], |name| base(name.as_bytes()));
     path.with_file_name(OsStr::from_bytes(base))
-}
-
-/// The row of a file of which nothing is sent but what comes after now. An archive does not grow;
-/// how long it is would be known only after it was unpacked.
-fn passed_over(attributes: &Attributes, found: &mut Found) -> io::Result<Entry> {
-    let stamp = found.tail.stamp()?;
-    let compressed = found.tail.is_compressed();
-    let start = if compressed { 0 } else { stamp.size };
-    let mut entry = attributes.open(
-        Opening {
-            run: Uuid::now_v7(),
-            path: escape_path(&found.path),
-            inode: Some(found.tail.inode()),
-            start,
-            day: found.tail.day()?,
-            framing: Framing::LINES,
-            first_bytes: prefix(&first_bytes(&mut found.tail)?),
-        },
-        None,
-    );
-    let mut progress = Progress::at_start(&entry.row);
-    progress.place = place(&found.tail);
-    progress.place.path.clone_from(&entry.row.path);
-    (progress.size, progress.rest) = (start, Some(stamp));
-    if start > 0 {
-        let from = start.saturating_sub(FINGERPRINT_BYTES as u64);
-        let mut before = Vec::new();
-        found.tail.append_at(from, (start - from) as usize, &mut before)?;
-        progress.advance(fingerprint(start, &before));
-    }
-    entry.passed_over = Some(Box::new(progress));
-    Ok(entry)
 }
 
 fn resting(entry: &Entry) -> Option<Resting> {

@@ -43,7 +43,7 @@ fn listen() -> Sender {
 
 impl Sender {
     fn mint(&self, name: &str) -> String {
-        tokens::mint(&self.tokens, name, None, None).expect("minted")
+        tokens::mint(&self.tokens, name, tokens::Terms::default()).expect("minted")
     }
 
     async fn dial(&self, token: &str) -> Result<Socket, ConnectError> {
@@ -96,6 +96,24 @@ async fn who_may_not_enter_is_told_why() {
     assert!(page.starts_with("HTTP/1.1 403"), "{page}");
     let none = sender.http(&upgrade(&token, "")).await;
     assert!(none.starts_with("HTTP/1.1 400") && none.contains("waybill.v1"), "{none}");
+}
+
+/// Nobody checks certificates here: what is bound to one is not let in by its token alone.
+#[tokio::test]
+async fn a_token_that_needs_a_certificate_opens_nothing() {
+    let sender = listen();
+    let token = sender.mint("central");
+    let terms = tokens::Terms { certificates: vec![[7; 32]], ..tokens::Terms::default() };
+    let bound = tokens::mint(&sender.tokens, "bound", terms).expect("minted");
+    drop(sender.enter(&token).await);
+    loop {
+        match sender.dial(&bound).await {
+            Err(ConnectError::Refused { status: 401, .. }) => tokio::task::yield_now().await,
+            Err(ConnectError::Refused { status: 403, .. }) => return,
+            Err(error) => panic!("{error}"),
+            Ok(_) => panic!("it entered"),
+        }
+    }
 }
 
 #[tokio::test]

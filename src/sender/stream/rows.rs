@@ -10,11 +10,10 @@ use std::time::{Instant, SystemTime};
 use tracing::{debug, info, warn};
 
 use super::{FINISHED_AFTER, Parts, Segment, Stream, place};
-use crate::record::{Day, Framing, SegmentId, escape_path};
+use crate::record::{Day, Framing, SegmentId};
 use crate::sender::link::Link;
 use crate::sender::origin::{Origin, fingerprint_or_short};
-use crate::sender::rows::{Opening, complete, suits};
-use crate::source::files::fingerprint::{fingerprint, prefix};
+use crate::sender::rows::{Opening, complete, progress_at_start, suits};
 use crate::spool::Spool;
 use crate::state::{Entry, Fingerprint, Progress, State};
 
@@ -172,19 +171,12 @@ impl Stream {
     ) -> io::Result<()> {
         let origin = self.origin.as_deref_mut().expect("no read is under way");
         let opening = match origin {
-            Origin::File(file) => Opening {
-                run: self.run,
-                path: escape_path(file.tail.path()),
-                inode: Some(file.tail.inode()),
-                start,
-                day: file.tail.day()?,
-                framing: Framing::LINES,
-                first_bytes: prefix(file.first()),
-            },
+            Origin::File(file) => Opening::in_file(self.run, file, start)?,
             _ => Opening {
                 run: self.run,
                 path: self.context.path_of(&self.attributes.source),
                 inode: None,
+                born: 0,
                 start,
                 day: Day::today(),
                 framing: Framing::SPOOL,
@@ -192,14 +184,11 @@ impl Stream {
             },
         };
         let entry = self.attributes.open(opening, link.map(|link| &link.welcome));
-        let mut progress = Progress::at_start(&entry.row);
-        if let Origin::File(file) = &*origin {
-            progress.place = place(&file.tail);
-        }
         let segment_before = origin.before(start)?;
-        if start > 0 && matches!(origin, Origin::File(_)) {
-            progress.advance(fingerprint(start, &segment_before));
-        }
+        let progress = match origin {
+            Origin::File(file) => progress_at_start(&entry.row, &file.tail, &segment_before),
+            _ => Progress::at_start(&entry.row, 0),
+        };
         let mut segment = Segment::new(entry.clone(), progress, origin)?;
         segment.before = segment_before;
         changed.push(entry);

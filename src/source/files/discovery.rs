@@ -75,6 +75,16 @@ fn matching(
     }
 }
 
+/// Whether a pattern would name this path, were it there.
+pub fn would_name(pattern: &str, path: &Path) -> bool {
+    if !has_wildcard(pattern) {
+        return Path::new(pattern) == path;
+    }
+    let options = glob::MatchOptions { require_literal_separator: true, ..Default::default() };
+    glob::Pattern::new(pattern)
+        .is_ok_and(|pattern| pattern.matches_with(&path.to_string_lossy(), options))
+}
+
 /// The names in a folder, as far as it may be read.
 ///
 /// # Errors
@@ -223,6 +233,11 @@ mod tests {
         fs::write(dir.path().join("sub/a.log"), "x\n").expect("write");
         fs::write(dir.path().join("b.log.1"), "x\n").expect("write");
         assert_eq!(sweep(&pattern).paths, [dir.path().join("sub/a.log")]);
+        assert!(would_name(&pattern, &dir.path().join("sub/later.log")));
+        assert!(!would_name(&pattern, &dir.path().join("b.log.1")));
+        let path = dir.path().join("a[1].log");
+        let literal = glob::Pattern::escape(&path.to_string_lossy());
+        assert!(would_name(&literal, &path) && !would_name(&literal, &dir.path().join("a1.log")));
     }
 
     #[test]

@@ -13,11 +13,13 @@
 //! 5. Whatever is left is a run from its first byte: doubt costs duplicates, never lines. Only at a
 //!    source's first run are rotated files passed over; that is durable before anything is followed.
 //!
-//! No clock is asked, and no decision depends on which others of the same sweep became durable.
+//! No clock decides what is sent (times only order what bytes leave open), and no decision depends
+//! on which others of the same sweep became durable.
 
 use std::cmp::Reverse;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use tracing::debug;
 use uuid::Uuid;
@@ -262,14 +264,16 @@ fn assign<'a>(found: &mut [Found], around: Surroundings<'a>) -> Vec<Option<Assig
         (0..runs.len()).map(|run| was_truncated(found, &runs, run, &pairs)).collect();
     pairs.retain(|pair| pair.fit != Fit::Home || !truncated[pair.run]);
     // An inode that was used again is its last run's. Elsewhere the run goes first of which most
-    // bytes are known: a first line fits many files.
+    // bytes are known, since a first line fits many files; and the oldest run to the oldest file.
+    let modified: Vec<Option<SystemTime>> =
+        found.iter().map(|found| found.tail.modified().ok()).collect();
     pairs.sort_by_key(|pair| {
         let known = runs[pair.run];
         let tail = &found[pair.file].tail;
         let newest = (pair.fit == Fit::Home).then_some(Reverse(known.opened));
         let same_device = known.inode().device == tail.inode().device;
         let rank = (pair.fit, !same_device, newest, Reverse(known.evidence()));
-        (rank, known.opened, tail.is_compressed(), pair.file)
+        (rank, known.opened, modified[pair.file], tail.is_compressed(), pair.file)
     });
     let mut assigned = vec![None; found.len()];
     let mut taken = vec![false; runs.len()];

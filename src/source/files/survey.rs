@@ -39,12 +39,15 @@ pub struct Survey {
 
 type Listing = BTreeMap<PathBuf, Listed>;
 
+/// A file that was listed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Listed {
+pub struct Listed {
     inode: Inode,
     stamp: Stamp,
-    source: usize,
-    elsewhere: bool,
+    /// Number of its source.
+    pub source: usize,
+    /// It lies where the source says that rotated files lie too.
+    pub elsewhere: bool,
 }
 
 /// Why there is no survey now. Half of one would take files for gone that are there.
@@ -106,7 +109,12 @@ pub fn survey(
     Err(SurveyError::Moving)
 }
 
-fn list(scope: &Scope) -> Result<Listing, SurveyError> {
+/// The families of the paths in the scope and what lies in the places of rotated files, as it is now.
+///
+/// # Errors
+///
+/// For want of descriptors.
+pub fn list(scope: &Scope) -> Result<BTreeMap<PathBuf, Listed>, SurveyError> {
     let mut folders: BTreeMap<&Path, BTreeMap<&[u8], usize>> = BTreeMap::new();
     for (path, source) in scope.bases.iter().filter(|(path, _)| path.is_absolute()) {
         if let (Some(folder), Some(name)) = (path.parent(), path.file_name()) {

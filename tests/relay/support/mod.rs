@@ -9,7 +9,11 @@ pub mod host;
 #[allow(dead_code)]
 pub mod network;
 #[allow(dead_code)]
+pub mod pages;
+#[allow(dead_code)]
 pub mod proxy;
+#[allow(dead_code)]
+pub mod registries;
 #[allow(dead_code)]
 pub mod servers;
 #[allow(dead_code)]

@@ -260,6 +260,19 @@ impl Process {
         assert!(status.expect("kill").success());
     }
 
+    /// SIGSTOP, and waits until no thread runs any more: the signal stops the others only when one of them has taken it.
+    pub fn freeze(&self) {
+        self.signal("-STOP");
+        let tasks = format!("/proc/{}/task", self.child.id());
+        wait_until(&format!("{} is stopped", self.name), PATIENCE, || {
+            let mut threads = fs::read_dir(&tasks).expect("threads").flatten();
+            threads.all(|thread| {
+                let stat = fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+                stat.rsplit_once(") ").is_none_or(|(_, rest)| rest.starts_with('T'))
+            })
+        });
+    }
+
     /// SIGKILL.
     pub fn kill_hard(&mut self) {
         let _ = self.child.kill();

@@ -135,6 +135,19 @@ fn renamed_while_down() {
     assert_eq!(folder.decide(&["a.log"], &lost, &[]), ["a.log is new", "a.log.1 continues 0"]);
 }
 
+/// A run whose file had a rotated name when it was left is found there again, also where nobody
+/// knows what has the plain name now.
+#[test]
+fn left_under_its_rotated_name() {
+    let folder = Folder::new();
+    let old = lines("old", 500);
+    folder.write("a.log.1", &old);
+    let lost = [folder.known("a.log.1", &old, 1000)];
+    assert_eq!(folder.decide(&[], &lost, &[]), ["a.log.1 continues 0"]);
+    folder.write("a.log", b"new\n");
+    assert_eq!(folder.decide(&["a.log"], &lost, &[]), ["a.log is new", "a.log.1 continues 0"]);
+}
+
 #[test]
 fn renamed_and_compressed_while_down() {
     let folder = Folder::new();
