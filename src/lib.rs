@@ -44,6 +44,7 @@ pub mod protocol;
 
 pub mod backoff;
 pub mod config;
+pub mod descriptors;
 pub mod metrics;
 pub mod shutdown;
 pub mod stamp;

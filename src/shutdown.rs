@@ -86,11 +86,16 @@ impl Shutdown {
 }
 
 /// A [`Shutdown`] that follows signals: the first SIGTERM or SIGINT asks for a stop, the second
-/// ends the process at once with status 1. SIGHUP is passed on to whoever waits for it.
+/// ends the process at once with status 1. SIGHUP is passed on to whoever waits for it. SIGXFSZ ends
+/// nothing: a file that may not grow is an error of its write, as on a full disk.
 ///
 /// Must be called within a tokio runtime.
 pub fn install() -> Shutdown {
     let shutdown = Shutdown::new();
+    // The handler stays when its `Signal` is dropped.
+    if let Err(error) = signal(SignalKind::from_raw(libc::SIGXFSZ)) {
+        warn!(%error, "SIGXFSZ cannot be caught: a limit of file sizes would end the process");
+    }
     let signals = [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()];
     let [Ok(terminate), Ok(interrupt), Ok(hangup)] = signals.map(signal) else {
         warn!("signals cannot be caught: a signal ends the process without a drain");

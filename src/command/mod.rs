@@ -26,7 +26,7 @@ use crate::config::{
 use crate::exit::Exit;
 use crate::search::{QueryError, SearchArgs, SearchTarget};
 use crate::tokens::{ChainTerm, Terms};
-use crate::{shutdown, systemd, telemetry, tls};
+use crate::{descriptors, shutdown, systemd, telemetry, tls};
 
 use token::TokenAction;
 
@@ -117,6 +117,9 @@ async fn search(args: cli::Search, environment: Environment) -> anyhow::Result<E
 fn begin<T>(loaded: Loaded<T>) -> T {
     let log = loaded.log;
     telemetry::init(log);
+    if let Err(error) = descriptors::raise_limit() {
+        warn!(%error, "the limit of open files stays at its soft value");
+    }
     take(loaded, log)
 }
 

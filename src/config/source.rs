@@ -10,7 +10,7 @@ use super::file::Table;
 use super::problem::{At, Findings, Place};
 use super::value::{self, ValueError};
 use super::{Environment, Identity, Input, SourceConfig, Start};
-use crate::record::{Format, TypeName, escape_path};
+use crate::record::{Format, TAGS_BYTES_MAX, TAGS_MAX, TypeName, bytes_of_tags, escape_path};
 
 /// Permission bits of a socket unless configured: every local program may log, as with `/dev/log`.
 pub const SOCKET_MODE: u32 = 0o666;
@@ -309,12 +309,19 @@ impl SourceLayer {
             let message = "lines of supervisor's events get a syslog header: use auto or syslog";
             findings.problem(&at.place, message);
         }
+        let repeated = settings.tags.first().map(|at| &at.place);
+        let repeated = repeated.or(settings.labels.first().map(|at| &at.place)).cloned();
+        let tags: Vec<String> = settings.tags.into_iter().map(|at| at.value).collect();
+        let labels = labels(settings.labels, findings);
+        if let Some(place) = repeated {
+            check_repeated(&tags, &labels, &place, findings);
+        }
         Some(SourceConfig {
             name: self.name.map_or(derived_name, |at| at.value),
             input,
             type_name: settings.type_name.map(|at| at.value).unwrap_or_default(),
-            tags: settings.tags.into_iter().map(|at| at.value).collect(),
-            labels: labels(settings.labels, findings),
+            tags,
+            labels,
             format: settings.format.map(|at| at.value).unwrap_or_default(),
             timezone: settings
                 .timezone
@@ -385,6 +392,25 @@ fn labels(typed: Vec<At<(String, String)>>, findings: &mut Findings) -> BTreeMap
         }
     }
     labels
+}
+
+/// Each document repeats them: a receiver refuses more than these.
+fn check_repeated(
+    tags: &[String],
+    labels: &BTreeMap<String, String>,
+    place: &Place,
+    findings: &mut Findings,
+) {
+    let bytes = bytes_of_tags(tags, labels);
+    if bytes > TAGS_BYTES_MAX || tags.len() > TAGS_MAX || labels.len() > TAGS_MAX {
+        let message = format!(
+            "{} tags and {} labels of {bytes} bytes: each line repeats them, so at most {TAGS_MAX} \
+             of each and {TAGS_BYTES_MAX} bytes in all are allowed",
+            tags.len(),
+            labels.len()
+        );
+        findings.problem(place, message);
+    }
 }
 
 /// A name without wildcards says which file is meant: a folder, or with `once` a file that is not

@@ -127,6 +127,12 @@ fn bad_senders_say_where_and_what_is_allowed() {
             "c.toml:5:14: source.tags: must be a string, not a whole number".to_owned(),
         ),
         (
+            with_source(&format!("tags = ['a']\nlabels = {{ a = '{}' }}\n", "x".repeat(4095))),
+            "c.toml:5:9: source.tags: 1 tags and 1 labels of 4097 bytes: each line repeats them, so at \
+             most 64 of each and 4096 bytes in all are allowed"
+                .to_owned(),
+        ),
+        (
             with_source("mode = '0600'\n"),
             "c.toml:5:1: source.mode: only a Unix socket has a mode: remove it".to_owned(),
         ),

@@ -1,7 +1,7 @@
 //! Frames from all connections, waiting for a destination's next free slot.
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 
@@ -25,6 +25,21 @@ impl Queue {
     /// Adds a frame.
     pub fn push(&self, frame: Frame) {
         self.lock().frames.push_back(frame);
+        self.arrived.notify_one();
+    }
+
+    /// Puts back what is left of a frame: in the place of its segment's next one, which takes the
+    /// place of the one after it, and the last one goes to the end. So a segment's records are
+    /// written in order, without which its position could not move, and others come between.
+    pub fn push_rest(&self, mut rest: Frame) {
+        let mut state = self.lock();
+        for frame in &mut state.frames {
+            if Arc::ptr_eq(&frame.segment, &rest.segment) {
+                std::mem::swap(frame, &mut rest);
+            }
+        }
+        state.frames.push_back(rest);
+        drop(state);
         self.arrived.notify_one();
     }
 

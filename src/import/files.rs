@@ -98,7 +98,7 @@ pub(super) fn find(sources: &[&SourceConfig], positions: &[Position]) -> io::Res
             scope.bases.push((path.clone(), number));
         }
     }
-    for (path, listed) in list(&scope) {
+    for (path, listed) in list(&scope).map_err(io::Error::other)? {
         paths.entry(path).or_insert((listed.source, false, listed.elsewhere));
     }
     let mut candidates = Vec::new();

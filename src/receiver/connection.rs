@@ -103,7 +103,9 @@ pub(super) async fn serve(receiver: Arc<Receiver>, accepted: Accepted, socket: S
         incoming,
         heartbeat,
         inbox: Arc::default(),
+        receipts: VecDeque::new(),
         backlog: VecDeque::new(),
+        leaving: None,
         aside: None,
         drain_until: None,
         receipted: Arc::clone(&receipted),
@@ -147,6 +149,9 @@ pub(super) async fn until_the_end(
                 sender = ?name, %peer, code, reason = ?reason,
                 "refused: the token came without proof of its chain key; a copied token?"
             );
+        }
+        End::Violation(Violation { code: close::RESTART, reason, .. }) => {
+            info!(sender = ?name, reason, "closing");
         }
         End::Violation(Violation { code, reason, .. }) => {
             warn!(sender = ?name, %peer, code, reason = ?reason, "sender broke the protocol");
@@ -221,9 +226,14 @@ struct Connection {
     incoming: SocketReceiver,
     heartbeat: Heartbeat,
     inbox: Arc<Inbox>,
+    /// Taken from the inbox and cut into messages, but not encoded before there is room for the text.
+    receipts: VecDeque<Receipt>,
     meter: Meter,
     /// Answers that the writing half has no room for yet.
     backlog: VecDeque<Outgoing>,
+    /// The sender is to connect again once all that it sent is answered; nothing is read meanwhile.
+    /// Closed at once, it might meet the same bound again before its first receipt.
+    leaving: Option<Violation>,
     /// A frame that waits for memory; nothing is read meanwhile.
     aside: Option<Aside>,
     hello_until: Instant,
@@ -258,6 +268,11 @@ impl Connection {
             if self.drain_until.is_some() && self.is_drained() {
                 return End::Ours { code: close::GOING_AWAY, reason: "this receiver stops" };
             }
+            if self.is_drained()
+                && let Some(violation) = self.leaving.take()
+            {
+                return End::Violation(violation);
+            }
             let event = self.event(writes).await;
             if let Err(end) = self.handle(event) {
                 return end;
@@ -265,26 +280,31 @@ impl Connection {
         }
     }
 
+    /// Afterwards there is either a backlog or no receipt that waits.
     fn hand_over(&mut self, writes: &mpsc::Sender<Outgoing>) {
-        while let Some(message) = self.backlog.pop_front() {
-            if let Err(mpsc::error::TrySendError::Full(message)) = writes.try_send(message) {
-                self.backlog.push_front(message);
-                return;
+        loop {
+            while let Some(message) = self.backlog.pop_front() {
+                if let Err(mpsc::error::TrySendError::Full(message)) = writes.try_send(message) {
+                    self.backlog.push_front(message);
+                    return;
+                }
             }
+            let Some(receipt) = self.receipts.pop_front() else { return };
+            self.receipt(receipt);
         }
     }
 
     /// Every future here may be dropped without a loss.
     async fn event(&mut self, writes: &mpsc::Sender<Outgoing>) -> Event {
-        let room = self.backlog.len() < BACKLOG_MAX;
         let says_hello = self.session.instance().is_none();
         let draining = self.drain_until;
+        let reads = self.backlog.len() < BACKLOG_MAX && !self.holds_off();
         let (tokens, shutdown) = (&mut self.tokens, &self.receiver.shutdown);
         tokio::select! {
-            message = self.incoming.next(), if room && self.aside.is_none() => {
+            message = self.incoming.next(), if reads => {
                 Event::Message(message)
             }
-            receipts = self.inbox.take(), if room => Event::Receipts(receipts),
+            receipts = self.inbox.take(), if self.receipts.is_empty() => Event::Receipts(receipts),
             memory = memory(&mut self.aside) => Event::Memory(memory),
             beat = self.heartbeat.next() => Event::Beat(beat),
             _ = writes.reserve(), if !self.backlog.is_empty() => Event::Room,
@@ -312,8 +332,13 @@ impl Connection {
             // A sender that takes nothing needs no further ping to take.
             Event::Beat(Beat::Ping) if self.backlog.len() >= BACKLOG_MAX => {}
             Event::Beat(Beat::Ping) => self.backlog.push_back(Outgoing::Ping),
-            Event::Beat(Beat::Dead) if self.aside.is_some() => self.heartbeat.touch(),
+            // Its silence is ours, unless it takes nothing either.
+            Event::Beat(Beat::Dead) if self.holds_off() && self.backlog.is_empty() => {
+                self.heartbeat.touch();
+            }
             Event::Beat(Beat::Dead) => return Err(End::Dead),
+            // It takes what it is sent: a sign of life while nothing of it is read.
+            Event::Room if self.holds_off() => self.heartbeat.touch(),
             Event::Room => {}
             Event::TokensChanged => check_token(&self.receiver, &self.accepted)?,
             Event::HelloOverdue => {
@@ -336,7 +361,13 @@ impl Connection {
         match message {
             Incoming::Text(text) => {
                 let before = self.session.instance();
-                let answer = self.session.text(&text, Day::today())?;
+                let answer = match self.session.text(&text, Day::today()) {
+                    Err(violation) if violation.code == close::RESTART => {
+                        self.leaving = Some(violation);
+                        return Ok(());
+                    }
+                    answer => answer?,
+                };
                 if let (None, Some(instance)) = (before, self.session.instance()) {
                     self.receiver.instances.note(&self.accepted.sender, instance);
                     self.compare();
@@ -397,17 +428,29 @@ impl Connection {
     }
 
     fn receipts(&mut self, receipts: VecDeque<Receipt>) {
-        for receipt in receipts {
-            self.session.settle(&receipt);
-            self.meter.answered(&receipt);
-            if receipt.runs.iter().any(|run| run.verdict.is_final()) {
-                self.receiver.health.note();
-                self.receipted.store(true, Ordering::Relaxed);
-            }
-            for part in parts(receipt) {
-                self.send(&Control::Receipt(part));
-            }
+        for receipt in &receipts {
+            self.meter.answered(receipt);
         }
+        let mut runs = receipts.iter().flat_map(|receipt| &receipt.runs);
+        if runs.any(|run| run.verdict.is_final()) {
+            self.receiver.health.note();
+            self.receipted.store(true, Ordering::Relaxed);
+        }
+        self.receipts = receipts.into_iter().flat_map(parts).collect();
+    }
+
+    fn receipt(&mut self, receipt: Receipt) {
+        let held_off = self.session.is_full();
+        self.session.settle(&receipt);
+        if held_off && !self.session.is_full() {
+            self.heartbeat.touch();
+        }
+        self.send(&Control::Receipt(receipt));
+    }
+
+    /// Whether nothing is read because of what came before.
+    fn holds_off(&self) -> bool {
+        self.aside.is_some() || self.leaving.is_some() || self.session.is_full()
     }
 
     fn send(&mut self, message: &Control) {
@@ -415,7 +458,7 @@ impl Connection {
     }
 
     fn is_drained(&self) -> bool {
-        self.session.is_idle() && self.backlog.is_empty()
+        self.session.is_idle() && self.receipts.is_empty() && self.backlog.is_empty()
     }
 }
 

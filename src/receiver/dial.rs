@@ -20,6 +20,7 @@ use crate::config::DialledSender;
 use crate::protocol::{Challenge, SUBPROTOCOL};
 use crate::record::escape_path;
 use crate::tls::{ClientTrust, TlsError};
+use crate::tokens::file_advice;
 use crate::transport::{ConnectError, Offer, Pause, Retry, Socket, connect};
 
 /// How long a connection attempt may take, from name to upgrade.
@@ -35,7 +36,7 @@ pub struct Dial {
 
 #[derive(Debug, Error)]
 enum DialError {
-    #[error("token file {path}: {source}; mint a token at the sender with `waybill token NAME`")]
+    #[error("token file {path}: {source}; {}", file_advice(source, "sender"))]
     TokenFile { path: String, source: std::io::Error },
     #[error("the system has no random bytes: {0}")]
     Random(#[from] getrandom::Error),

@@ -9,6 +9,7 @@ use crate::protocol::Receipt;
 #[derive(Debug, Default)]
 pub(super) struct Outstanding {
     bytes: u64,
+    lines: u64,
     frames: usize,
     /// By handle and offset of the first record.
     open: BTreeMap<(u32, u64), Open>,
@@ -17,6 +18,7 @@ pub(super) struct Outstanding {
 #[derive(Debug, Default)]
 struct Open {
     bytes: u64,
+    lines: u64,
     /// More than one where the same range came again before its receipt.
     frames: usize,
 }
@@ -24,6 +26,11 @@ struct Open {
 impl Outstanding {
     pub(super) fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// Records of any kind.
+    pub(super) fn lines(&self) -> u64 {
+        self.lines
     }
 
     pub(super) fn frames(&self) -> usize {
@@ -34,12 +41,14 @@ impl Outstanding {
         self.frames == 0
     }
 
-    /// A frame of so many uncompressed bytes came.
-    pub(super) fn add(&mut self, handle: u32, offset: u64, bytes: u64) {
+    /// A frame of so many uncompressed bytes and records came.
+    pub(super) fn add(&mut self, handle: u32, offset: u64, bytes: u64, lines: u64) {
         let open = self.open.entry((handle, offset)).or_default();
         open.bytes += bytes;
+        open.lines += lines;
         open.frames += 1;
         self.bytes += bytes;
+        self.lines += lines;
         self.frames += 1;
     }
 
@@ -51,6 +60,12 @@ impl Outstanding {
         let bytes = covered.min(open.bytes);
         open.bytes -= bytes;
         self.bytes -= bytes;
+        let lines = match open.bytes {
+            0 => open.lines,
+            _ => receipt.runs.iter().map(|run| run.lines).sum::<u64>().min(open.lines),
+        };
+        open.lines -= lines;
+        self.lines -= lines;
         if open.bytes == 0 {
             self.frames -= open.frames;
             self.open.remove(&key);
@@ -71,8 +86,8 @@ mod tests {
     #[test]
     fn a_frame_answered_in_parts_counts_until_its_last_part() {
         let mut outstanding = Outstanding::default();
-        outstanding.add(1, 100, 50);
-        outstanding.add(1, 150, 50);
+        outstanding.add(1, 100, 50, 1);
+        outstanding.add(1, 150, 50, 1);
         outstanding.settle(&receipt(1, 120, 150));
         assert_eq!((outstanding.bytes(), outstanding.frames()), (70, 2));
         outstanding.settle(&receipt(1, 100, 120));
@@ -93,7 +108,7 @@ mod tests {
             let mut receipts = Vec::new();
             let mut at = 7;
             for size in sizes {
-                outstanding.add(3, at, size);
+                outstanding.add(3, at, size, 2);
                 let middle = at + size / 2;
                 for (from, to) in [(at, middle), (middle, at + size)] {
                     if from < to {
@@ -108,7 +123,7 @@ mod tests {
                 outstanding.settle(&receipt);
             }
             prop_assert!(outstanding.is_empty());
-            prop_assert_eq!(outstanding.bytes(), 0);
+            prop_assert_eq!((outstanding.bytes(), outstanding.lines()), (0, 0));
         }
     }
 }

@@ -17,7 +17,9 @@ use crate::protocol::{
     ChainKey, Challenge, Control, DataFrame, DayBounds, FRAME_BYTES_MAX, FRAMES_OUTSTANDING_MAX,
     FrameError, Hello, Limits, Open, Receipt, RefusalCode, Refused, VERSION, Welcome,
 };
-use crate::record::{Day, IndexRule, OFFSET_MAX, Row, SenderId, TypeName};
+use crate::record::{
+    Day, IndexRule, OFFSET_MAX, REPEATED_BYTES_MAX, Row, SenderId, TAGS_MAX, TypeName,
+};
 use crate::transport::close;
 
 /// The longest control message, in bytes: rows are small, and each one is kept (I7).
@@ -25,6 +27,14 @@ const CONTROL_BYTES_MAX: usize = 64 << 10;
 
 /// How many segments one connection may open before it must connect anew, which costs nothing.
 const SEGMENTS_MAX: usize = 10_000;
+
+/// Bytes of `open` messages that one connection may send, likewise: a row is kept as long as its
+/// connection.
+const ROWS_BYTES_MAX: usize = 8 << 20;
+
+/// Lines without a receipt beyond which no further frame is read: each may be a run of its own in a
+/// receipt, which takes more memory than a short line (I7).
+const LINES_OUTSTANDING_MAX: u64 = 200_000;
 
 const ZSTD: &str = "zstd";
 
@@ -118,6 +128,7 @@ pub(super) struct Session {
     state: State,
     claim: Option<Claim>,
     segments: HashMap<u32, Declared>,
+    rows_bytes: usize,
     outstanding: Outstanding,
 }
 
@@ -143,6 +154,7 @@ impl Session {
             state: State::AwaitsHello,
             claim: None,
             segments: HashMap::new(),
+            rows_bytes: 0,
             outstanding: Outstanding::default(),
         }
     }
@@ -165,6 +177,11 @@ impl Session {
         self.outstanding.is_empty()
     }
 
+    /// Whether so many lines await a receipt that no frame should be read until there are fewer.
+    pub(super) fn is_full(&self) -> bool {
+        self.outstanding.lines() >= LINES_OUTSTANDING_MAX
+    }
+
     /// A text message; gives the answer, where there is one.
     pub(super) fn text(&mut self, text: &str, today: Day) -> Result<Option<Control>, Violation> {
         if text.len() > CONTROL_BYTES_MAX {
@@ -177,7 +194,7 @@ impl Session {
         })?;
         match (message, self.state) {
             (Control::Hello(hello), State::AwaitsHello) => self.hello(&hello, today).map(Some),
-            (Control::Open(open), State::Open { .. }) => self.open(*open, today),
+            (Control::Open(open), State::Open { .. }) => self.open(*open, text.len(), today),
             (_, State::AwaitsHello) => {
                 Err(Violation::new(close::PROTOCOL, "the first message must be hello"))
             }
@@ -224,7 +241,7 @@ impl Session {
         }))
     }
 
-    fn open(&mut self, open: Open, today: Day) -> Result<Option<Control>, Violation> {
+    fn open(&mut self, open: Open, bytes: usize, today: Day) -> Result<Option<Control>, Violation> {
         let Open { handle, row } = open;
         if self.segments.contains_key(&handle) {
             let reason = format!("handle {handle} is declared twice");
@@ -232,6 +249,11 @@ impl Session {
         }
         if self.segments.len() >= SEGMENTS_MAX {
             let reason = format!("{SEGMENTS_MAX} segments were opened here: connect again");
+            return Err(Violation::new(close::RESTART, reason));
+        }
+        self.rows_bytes += bytes;
+        if self.rows_bytes > ROWS_BYTES_MAX {
+            let reason = format!("rows of {ROWS_BYTES_MAX} bytes were opened here: connect again");
             return Err(Violation::new(close::RESTART, reason));
         }
         match self.check(&row, today) {
@@ -296,6 +318,17 @@ impl Session {
             let reason = "its framing is not known here: update the receiver".to_owned();
             return Err((RefusalCode::Framing, reason));
         }
+        let repeated = row.repeated_bytes();
+        if repeated > REPEATED_BYTES_MAX || row.tags.len() > TAGS_MAX || row.labels.len() > TAGS_MAX
+        {
+            let reason = format!(
+                "each of its documents would repeat {repeated} bytes of names, path, {} tags and \
+                 {} labels; allowed are {REPEATED_BYTES_MAX}, {TAGS_MAX} and {TAGS_MAX}: shorten them",
+                row.tags.len(),
+                row.labels.len()
+            );
+            return Err((RefusalCode::Row, reason));
+        }
         if row.start >= OFFSET_MAX {
             return Err((RefusalCode::Row, "the row starts past any segment's end".to_owned()));
         }
@@ -330,7 +363,9 @@ impl Session {
             let reason = format!("{frames} frames await a receipt, which is the limit");
             return Err(Violation::new(close::POLICY, reason));
         }
-        self.outstanding.add(frame.handle, frame.offset, bytes);
+        let framing = segment.row.framing;
+        let records = framing.records(&frame.records, frame.offset, frame.flags.continues);
+        self.outstanding.add(frame.handle, frame.offset, bytes, records.count() as u64);
         Ok(Some(Taken { segment, days: self.terms.day_bounds(today), frame }))
     }
 

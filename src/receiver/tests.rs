@@ -14,7 +14,7 @@ use super::*;
 use crate::config::{DestinationConfig, EmbeddedConfig, Endpoint, EndpointAddress, Listen};
 use crate::destination::Frame;
 use crate::protocol::{
-    Control, DataFrame, FrameFlags, Hello, MESSAGE_BYTES_MAX, Open, Receipt, RefusalCode,
+    Control, DataFrame, FrameFlags, Hello, MESSAGE_BYTES_MAX, Open, Receipt, RefusalCode, Run,
     SUBPROTOCOL, VERSION, Verdict, Welcome,
 };
 use crate::record::{Day, Format, Framing, IndexRule, Prefix, Row, SegmentId, SenderId};
@@ -394,6 +394,8 @@ async fn a_refused_segment_names_the_line_that_mends_it_and_the_others_go_on() {
             RefusalCode::Framing,
             "update",
         ),
+        (Row { tags: vec!["x".to_owned(); 65], ..good.clone() }, RefusalCode::Row, "shorten"),
+        (Row { path: "x".repeat(20_000), ..good.clone() }, RefusalCode::Row, "shorten"),
     ];
     for (handle, (row, code, words)) in (10..).zip(cases) {
         client.open(handle, row).await;
@@ -423,6 +425,46 @@ async fn credit_comes_back_with_receipts_and_its_violation_closes() {
     }
     let (code, reason) = client.closed().await;
     assert!(code == close::POLICY && reason.contains("credit"), "{code} {reason}");
+}
+
+/// I7: rows are kept as long as their connection, whether they are accepted or not.
+#[tokio::test]
+async fn rows_of_too_many_bytes_ask_for_a_new_connection() {
+    let server = serve();
+    let mut client = dial(&server, &server.token).await.expect("connect");
+    let sender = client.hello().await.sender;
+    client.open(0, row(sender)).await;
+    client.frame(0, 0, b"a line\n".to_vec()).await;
+    for handle in 1..850 {
+        client.open(handle, Row { path: "x".repeat(10_000), ..row(sender) }).await;
+    }
+    // Not before what came is answered, or the next connection might get no further.
+    let closed = tokio::time::timeout(Duration::from_millis(200), client.closed()).await;
+    assert!(closed.is_err(), "{closed:?}");
+    stored(&server.queue.pop().await.expect("frame"));
+    assert_eq!(client.receipt().await.to, 7);
+    let (code, reason) = client.closed().await;
+    assert!(code == close::RESTART && reason.contains("connect again"), "{code} {reason}");
+}
+
+/// I7: short lines with different verdicts are long receipts.
+#[tokio::test]
+async fn while_very_many_lines_await_a_receipt_nothing_is_read() {
+    let server = serve();
+    let mut client = ready(&server).await;
+    let lines = b"x\n\n".repeat(100_000);
+    let to = lines.len() as u64;
+    client.frame(1, 0, lines).await;
+    // Read at once, this would end the connection without the receipt.
+    client.text("{").await;
+    let frame = server.queue.pop().await.expect("frame");
+    let run = |verdict, to| Run { to, lines: 1, verdict };
+    let runs = (0..100_000)
+        .flat_map(|n| [run(Verdict::Stored, 3 * n + 2), run(Verdict::Skipped, 3 * n + 3)]);
+    frame.reply.send(0, runs);
+    let receipt = client.receipt().await;
+    assert!(receipt.from == 0 && receipt.to < to, "{} of {to}", receipt.to);
+    assert_eq!(client.closed().await.0, close::BAD_DATA);
 }
 
 /// I7: a frame waits for memory, and the connection lives on meanwhile.

@@ -17,4 +17,4 @@ pub use id::{DocumentId, IdPrefix, OFFSET_MAX, SegmentId, SenderId};
 pub use index::{DEFAULT_RULE, DEFAULT_TYPES, IndexRule, IndexRuleError, TypeName, TypeNameError};
 pub use origin::time_of_origin;
 pub use path::{escape_path, unescape_path};
-pub use row::{Format, Prefix, Row};
+pub use row::{Format, Prefix, REPEATED_BYTES_MAX, Row, TAGS_BYTES_MAX, TAGS_MAX, bytes_of_tags};

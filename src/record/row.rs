@@ -6,6 +6,15 @@ use serde::{Deserialize, Serialize};
 
 use super::{Day, Framing, IndexRule, SegmentId, SenderId, TypeName};
 
+/// Tags, and labels, of one source at most.
+pub const TAGS_MAX: usize = 64;
+
+/// Bytes of a source's tags and labels, at most.
+pub const TAGS_BYTES_MAX: usize = 4 << 10;
+
+/// Bytes of a row that each of its documents repeats, at most: tags and labels, names and the path.
+pub const REPEATED_BYTES_MAX: usize = 12 << 10;
+
 /// The durable description of a segment.
 ///
 /// It is on disk before the segment's first line is sent, and `open` is built from it, never from
@@ -63,6 +72,21 @@ pub struct Row {
     /// The file's first bytes when the row opened.
     #[serde(default)]
     pub first_bytes: Prefix,
+}
+
+impl Row {
+    /// Bytes that each document of the segment repeats.
+    pub fn repeated_bytes(&self) -> usize {
+        let names = self.source.len() + self.path.len() + self.host.len();
+        names + bytes_of_tags(&self.tags, &self.labels)
+    }
+}
+
+/// Bytes of tags and of keys and values of labels.
+pub fn bytes_of_tags(tags: &[String], labels: &BTreeMap<String, String>) -> usize {
+    let tags: usize = tags.iter().map(String::len).sum();
+    let labels: usize = labels.iter().map(|(key, value)| key.len() + value.len()).sum();
+    tags + labels
 }
 
 fn utc() -> String {

@@ -1,7 +1,8 @@
 //! What a search found, as text for a person or JSON for a program.
 //!
 //! Called by `waybill search`. A logged byte must never act on the terminal (I8): control
-//! characters and those that turn the direction of writing are written as escapes, in JSON too.
+//! characters, those that turn the direction of writing and invisible ones are written as escapes,
+//! in JSON too.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
@@ -112,8 +113,9 @@ fn escape_json(json: &str) -> Cow<'_, str> {
         match character {
             '\t' | '\n' | '\r' => escaped.push(' '),
             _ if acts(character) => {
-                // All of them lie in the basic plane: four digits are enough.
-                let _ = write!(escaped, "\\u{:04x}", u32::from(character));
+                for unit in character.encode_utf16(&mut [0; 2]) {
+                    let _ = write!(escaped, "\\u{unit:04x}");
+                }
             }
             _ => escaped.push(character),
         }
@@ -121,12 +123,17 @@ fn escape_json(json: &str) -> Cow<'_, str> {
     Cow::Owned(escaped)
 }
 
-/// Whether a terminal does something else than show it: C0, DEL, C1, and the marks that change the
-/// direction of writing.
+/// Whether a terminal does something else than show it: C0, DEL, C1, the marks that change the
+/// direction of writing, and what is not to be seen (Unicode's category Cf, blank letters).
 fn acts(character: char) -> bool {
     character.is_control()
         || matches!(character,
-            '\u{200e}' | '\u{200f}' | '\u{061c}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+            '\u{ad}' | '\u{600}'..='\u{605}' | '\u{61c}' | '\u{6dd}' | '\u{70f}'
+            | '\u{890}'..='\u{891}' | '\u{8e2}' | '\u{115f}'..='\u{1160}'
+            | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
+            | '\u{2060}'..='\u{206f}' | '\u{3164}' | '\u{feff}' | '\u{ffa0}'
+            | '\u{fff9}'..='\u{fffb}' | '\u{110bd}' | '\u{110cd}' | '\u{13430}'..='\u{1343f}'
+            | '\u{1bca0}'..='\u{1bca3}' | '\u{1d173}'..='\u{1d17a}' | '\u{e0000}'..='\u{e0fff}')
 }
 
 #[cfg(test)]
@@ -172,6 +179,16 @@ mod tests {
         assert_eq!(text.trim_end_matches('\n').chars().filter(|&c| acts(c)).count(), 0, "{text:?}");
         let read: Value = serde_json::from_str(&text).expect("JSON");
         assert_eq!(read["message"], "\u{1b}[2J\u{9b}31m\u{7f}\u{202e}");
+    }
+
+    #[test]
+    fn what_cannot_be_seen_is_written_as_an_escape() {
+        let document = "{\"message\":\"a\u{feff}\u{200b}\u{ad}\u{e0041}b\"}";
+        assert!(lines(document).ends_with(" a\\u{feff}\\u{200b}\\u{ad}\\u{e0041}b\n"));
+        let text = json(document);
+        assert!(text.contains("a\\ufeff\\u200b\\u00ad\\udb40\\udc41b"), "{text}");
+        let read: Value = serde_json::from_str(&text).expect("JSON");
+        assert_eq!(read["message"], "a\u{feff}\u{200b}\u{ad}\u{e0041}b");
     }
 
     #[test]

@@ -13,6 +13,7 @@ use crate::config::{DialConfig, Endpoint};
 use crate::protocol::SUBPROTOCOL;
 use crate::record::escape_path;
 use crate::tls::ClientTrust;
+use crate::tokens::file_advice;
 use crate::transport::{ConnectError, Offer, Pause, Retry, connect};
 
 /// How long a connection attempt may take, from name to upgrade.
@@ -22,7 +23,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 #[derive(Debug, Error)]
 pub enum LinkError {
     /// The token cannot be read.
-    #[error("token file {path}: {source}; mint a token at the receiver with `waybill token NAME`")]
+    #[error("token file {path}: {source}; {}", file_advice(source, "receiver"))]
     TokenFile {
         /// As configured.
         path: String,

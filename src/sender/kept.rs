@@ -19,7 +19,6 @@ use crate::source::files::tail::Tail;
 /// A copy being made.
 #[derive(Debug)]
 pub struct Kept {
-    file: File,
     path: PathBuf,
     position: u64,
     from: u64,
@@ -32,20 +31,20 @@ impl Kept {
         let folder = folder(context.state.dir());
         fs::create_dir_all(&folder)?;
         let path = path(context.state.dir(), run, position);
-        let file = File::create(&path)?;
+        File::create(&path)?;
         File::open(&folder)?.sync_all()?;
         let from = first_byte(position);
-        Ok(Kept { file, path, position, from, until: from })
+        Ok(Kept { path, position, from, until: from })
     }
 
     /// The copy that a former process made.
     pub fn open(dir: &Path, run: Uuid, position: u64) -> io::Result<(Kept, KeptOrigin)> {
         let path = path(dir, run, position);
         let from = first_byte(position);
-        let file = File::options().read(true).write(true).open(&path)?;
+        let file = File::open(&path)?;
         let until = from + file.metadata()?.len();
-        let origin = KeptOrigin { file: File::open(&path)?, from };
-        Ok((Kept { file, path, position, from, until }, origin))
+        let origin = KeptOrigin { file, from };
+        Ok((Kept { path, position, from, until }, origin))
     }
 
     /// Where the receipted prefix ended when the copy was made.
@@ -65,6 +64,8 @@ impl Kept {
 
     /// Copies and syncs up to `size`, within the budget; `false` where it is exhausted.
     pub fn copy(&mut self, context: &Context, tail: &mut Tail, size: u64) -> io::Result<bool> {
+        // Not held open: its stream holds a descriptor already.
+        let file = File::options().write(true).open(&self.path)?;
         let mut buffer = vec![0; 256 << 10];
         let mut complete = true;
         while self.until < size {
@@ -80,11 +81,11 @@ impl Kept {
                 break;
             }
             // At its offset: an attempt that failed in the middle leaves nothing behind.
-            self.file.write_all_at(&buffer[..read], self.until - self.from)?;
+            file.write_all_at(&buffer[..read], self.until - self.from)?;
             self.until += read as u64;
             context.kept_bytes.fetch_add(read as u64, Ordering::Relaxed);
         }
-        self.file.sync_data()?;
+        file.sync_data()?;
         Ok(complete)
     }
 

@@ -23,7 +23,7 @@ mod window;
 use std::collections::HashMap;
 use std::io;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -36,6 +36,7 @@ use tracing::{error, info, warn};
 use uuid::Uuid;
 
 use crate::config::{ConnectionConfig, DialConfig, Input, SendConfig, SourceConfig};
+use crate::descriptors;
 use crate::shutdown::Shutdown;
 use crate::source::files::tail::Tail;
 use crate::spool::{Budget, Spool};
@@ -138,6 +139,8 @@ pub struct Context {
     total_bytes: AtomicU64,
     deferrals: Deferrals,
     kept_bytes: AtomicU64,
+    /// Files wait until others give their descriptors back.
+    crowded: AtomicBool,
     shutdown: Shutdown,
     /// Stop reading; wait for receipts. The shutdown's own.
     stopping: CancellationToken,
@@ -304,6 +307,7 @@ impl Sender {
             total_bytes: AtomicU64::new(0),
             deferrals: Deferrals::default(),
             kept_bytes: AtomicU64::new(0),
+            crowded: AtomicBool::new(false),
             stopping: part.token(),
             shutdown: part,
             ending: ending.clone(),
@@ -500,8 +504,9 @@ impl Saver {
         let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
         if said.is_none_or(|at| at.elapsed() >= UNSAVED_INTERVAL) {
             *said = Some(Instant::now());
-            warn!(%error, "positions cannot be saved: after a crash, lines are sent again; free \
-                some space in the state directory");
+            let advice = descriptors::advice(&error)
+                .unwrap_or("make room in the state directory, or mend its disk");
+            warn!(%error, "positions cannot be saved: after a crash, lines are sent again; {advice}");
         }
     }
 }

@@ -8,6 +8,7 @@ mod drops;
 mod framer;
 pub mod http_intake;
 mod inherited;
+mod room;
 mod socket;
 pub mod stdin;
 pub mod stream;

@@ -13,21 +13,23 @@ use std::time::Duration;
 
 use rustix::net::SocketType;
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::connection::Accepted;
+use super::room::{Permits, Room};
 use super::socket::{BindError, Intake, SocketFile, SourceError};
 use crate::config::Identity;
 use crate::record::escape_path;
-use crate::spool::{Spool, Throttle};
+use crate::spool::Spool;
 use crate::tls::{self, Acceptor};
 
-/// Connections served at a time, each with at most one longest record in memory; more wait in the
+/// Connections served at a time at most, each with at most one longest record in memory; more wait in the
 /// kernel's backlog.
 const CONNECTIONS_MAX: usize = 256;
 
+/// More connections than the kernel holds for a listener (net.core.somaxconn).
+const BACKLOG_MAX: usize = 4096;
 /// Receive buffer of a TCP connection in bytes, where the machine allows so much: 5 MB/s at 50 ms
 /// there and back. Left to itself the kernel grows it to `tcp_rmem`, 6 MiB or 32, and what it has
 /// acknowledged is lost at a kill.
@@ -112,6 +114,7 @@ impl StreamSource {
         let listener =
             listener.map_err(|source| SourceError::Read { from: self.name.clone(), source })?;
         let server = Arc::new(Server {
+            room: Room::new(&self.name, CONNECTIONS_MAX),
             name: self.name,
             tls,
             intake: Intake { spool: spool.clone(), shutdown },
@@ -123,7 +126,7 @@ impl StreamSource {
             if let Some(file) = file {
                 file.unlink();
             }
-            server.accept_backlog(listener);
+            server.accept_backlog(listener).await;
         }
         server.connections.close();
         server.connections.wait().await;
@@ -148,35 +151,34 @@ impl Listener {
         }
     }
 
-    /// Takes each connection that the kernel holds, then closes.
-    fn close(self, mut take: impl FnMut(Accepted)) {
+    /// Gives each connection that the kernel holds by now, then an error.
+    fn into_backlog(self) -> io::Result<Backlog> {
         match self {
             Listener::Unix(listener) => {
-                let Ok(listener) = listener.into_std() else { return };
-                while let Ok((stream, _)) = listener.accept() {
-                    if stream.set_nonblocking(true).is_ok()
-                        && let Ok(stream) = UnixStream::from_std(stream)
-                    {
-                        take(Accepted::Unix(stream));
-                    }
-                }
+                let listener = listener.into_std()?;
+                Ok(Box::new(move || {
+                    let (stream, _) = listener.accept()?;
+                    stream.set_nonblocking(true)?;
+                    UnixStream::from_std(stream).map(Accepted::Unix)
+                }))
             }
             Listener::Tcp(listener) => {
-                let Ok(listener) = listener.into_std() else { return };
-                while let Ok((stream, peer)) = listener.accept() {
-                    if stream.set_nonblocking(true).is_ok()
-                        && let Ok(stream) = TcpStream::from_std(stream)
-                    {
-                        take(Accepted::Tcp(stream, peer));
-                    }
-                }
+                let listener = listener.into_std()?;
+                Ok(Box::new(move || {
+                    let (stream, peer) = listener.accept()?;
+                    stream.set_nonblocking(true)?;
+                    TcpStream::from_std(stream).map(|stream| Accepted::Tcp(stream, peer))
+                }))
             }
         }
     }
 }
 
+type Backlog = Box<dyn FnMut() -> io::Result<Accepted> + Send>;
+
 struct Server {
     name: String,
+    room: Room,
     tls: Option<Acceptor>,
     intake: Intake,
     connections: TaskTracker,
@@ -184,30 +186,13 @@ struct Server {
 
 impl Server {
     async fn accept(self: &Arc<Self>, listener: &Listener) {
-        let permits = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-        let (crowded, failed) = (Throttle::default(), Throttle::default());
         let next = async {
             loop {
-                if permits.available_permits() == 0
-                    && let Some(times) = crowded.count()
-                {
-                    tracing::warn!(
-                        socket = %self.name, times,
-                        "{CONNECTIONS_MAX} connections are open: further ones wait",
-                    );
-                }
-                let Ok(permit) = permits.clone().acquire_owned().await else {
-                    return;
-                };
+                let permits = self.room.take().await;
                 match listener.accept().await {
-                    Ok(accepted) => self.spawn(accepted, Some(permit)),
+                    Ok(accepted) => self.spawn(accepted, permits),
                     Err(error) => {
-                        if let Some(times) = failed.count() {
-                            tracing::error!(
-                                socket = %self.name, %error, times,
-                                "cannot accept a connection; raise LimitNOFILE if descriptors ran out",
-                            );
-                        }
+                        self.room.failed(&error);
                         tokio::time::sleep(ACCEPT_PAUSE).await;
                     }
                 }
@@ -223,15 +208,22 @@ impl Server {
     }
 
     /// Takes the connections that nobody accepted before the stop: their peers may have written.
-    fn accept_backlog(self: &Arc<Self>, listener: Listener) {
-        listener.close(|accepted| self.spawn(accepted, None));
+    /// The others end by themselves now, so that there will be room.
+    async fn accept_backlog(self: &Arc<Self>, listener: Listener) {
+        let Ok(mut next) = listener.into_backlog() else { return };
+        // Whoever connects again now must not keep this going.
+        for _ in 0..BACKLOG_MAX {
+            let permits = self.room.take().await;
+            let Ok(accepted) = next() else { return };
+            self.spawn(accepted, permits);
+        }
     }
 
-    fn spawn(self: &Arc<Self>, accepted: Accepted, permit: Option<OwnedSemaphorePermit>) {
+    fn spawn(self: &Arc<Self>, accepted: Accepted, permits: Permits) {
         let server = self.clone();
         self.connections.spawn(async move {
             accepted.serve(&server.name, server.tls.as_ref(), &server.intake).await;
-            drop(permit);
+            drop(permits);
         });
     }
 }

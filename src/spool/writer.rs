@@ -11,6 +11,7 @@ use super::files::{self, Kind};
 use super::table::{Run, SpoolFile};
 use super::{Shared, Throttle};
 use crate::backoff::Backoff;
+use crate::descriptors;
 use crate::record::{OFFSET_MAX, SegmentId, escape_path};
 
 /// A file of this many bytes is full; its last group may reach over it.
@@ -87,10 +88,11 @@ impl Writer {
                 return true;
             };
             if let Some(times) = self.trouble.count() {
+                let advice =
+                    descriptors::advice(&error).unwrap_or("make room on the disk, or mend it");
                 tracing::error!(
                     dir = %escape_path(&self.shared.dir), %error, times,
-                    "spool: cannot write; its source is read no further until this succeeds: \
-                     make room on the disk, or mend it",
+                    "spool: cannot write; its source is read no further until this succeeds: {advice}",
                 );
             }
             // A file that just broke is left for a fresh one at once.

@@ -25,6 +25,7 @@ use sha2::{Digest as _, Sha256};
 use subtle::ConstantTimeEq as _;
 use thiserror::Error;
 
+use crate::descriptors;
 use crate::protocol::ChainKey;
 use crate::record::{DEFAULT_TYPES, SenderId, TypeName};
 use crate::tls::Fingerprint;
@@ -42,6 +43,14 @@ const HEADER: &str = "\
 # Who may enter here, and a receiver's senders. `waybill token NAME --tokens FILE` adds an entry, and
 # rewrites this file. Edits by hand are taken over within seconds; comments are lost at the next rewrite.
 ";
+
+/// What a person does where a file with a token cannot be read; `peer` is where tokens are minted.
+pub fn file_advice(error: &io::Error, peer: &str) -> String {
+    match descriptors::advice(error) {
+        Some(advice) => advice.to_owned(),
+        None => format!("mint a token at the {peer} with `waybill token NAME`"),
+    }
+}
 
 /// SHA-256 of a token.
 pub type TokenHash = [u8; 32];

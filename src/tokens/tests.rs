@@ -1,5 +1,12 @@
 use super::*;
 
+#[test]
+fn too_many_open_files_are_no_lack_of_a_token() {
+    let advice = |number| file_advice(&io::Error::from_raw_os_error(number), "receiver");
+    assert!(advice(libc::EMFILE).contains("LimitNOFILE"));
+    assert!(advice(libc::ENOENT).contains("waybill token"));
+}
+
 fn file() -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::tempdir().expect("tempdir");
     let file = dir.path().join("tokens.toml");

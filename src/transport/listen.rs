@@ -8,6 +8,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -37,13 +38,14 @@ use tracing::{debug, warn};
 use super::socket::Socket;
 use super::stream::{Io, Stream};
 use crate::config::Listen;
+use crate::descriptors;
 use crate::protocol::{CHALLENGE_HEADER, Challenge};
 use crate::tls::{self, ServerCertificate};
 
 /// How long a peer has from its first byte to its upgrade.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How many peers may be within their handshake; further ones wait in the kernel's queue.
+/// How many peers may be within their handshake at most; further ones wait in the kernel's queue.
 const HANDSHAKES_MAX: usize = 128;
 
 /// The largest header of a request, in bytes.
@@ -338,27 +340,34 @@ impl Listener {
         tracker: TaskTracker,
         stop: CancellationToken,
     ) {
-        let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+        let room = Room::new();
+        let mut failing = false;
         loop {
-            let permit = tokio::select! {
+            let permits = tokio::select! {
                 () = stop.cancelled() => return,
-                permit = Arc::clone(&handshakes).acquire_owned() => permit,
+                permits = room.take() => permits,
             };
-            let permit = permit.expect("the semaphore is never closed");
             let accepted = tokio::select! {
                 () = stop.cancelled() => return,
                 accepted = self.accept() => accepted,
             };
             match accepted {
                 Ok((stream, peer)) => {
+                    failing = false;
                     let tls = self.tls.as_ref().map(|certificate| certificate.config());
                     let handshake = handshake(stream, peer, tls, Arc::clone(&handler));
                     let within = tokio::time::timeout(self.handshake_timeout, handshake);
-                    tracker.spawn(welcome(within, peer, Arc::clone(&handler), permit));
+                    tracker.spawn(welcome(within, peer, Arc::clone(&handler), permits));
                 }
                 Err(error) => {
-                    warn!(%error, "accept failed; trying again");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    if !std::mem::replace(&mut failing, true) {
+                        let advice = descriptors::advice(&error).unwrap_or("it is tried again");
+                        warn!(%error, "cannot accept a connection: {advice}");
+                    }
+                    tokio::select! {
+                        () = stop.cancelled() => return,
+                        () = tokio::time::sleep(ACCEPT_PAUSE) => {}
+                    }
                 }
             }
         }
@@ -376,6 +385,48 @@ impl Listener {
                 let (stream, _) = listener.accept().await?;
                 Ok((Accepted::Unix(stream), Peer::Unix))
             }
+        }
+    }
+}
+
+/// How many peers may be here at a time, known or not; further ones wait in the kernel's queue.
+struct Room {
+    connections: Arc<Semaphore>,
+    handshakes: Arc<Semaphore>,
+    /// That peers wait has been said.
+    said: AtomicBool,
+}
+
+/// Of one peer.
+struct Permits {
+    connection: OwnedSemaphorePermit,
+    /// Until its handshake is over.
+    handshake: OwnedSemaphorePermit,
+}
+
+impl Room {
+    fn new() -> Room {
+        let semaphore = |permits| Arc::new(Semaphore::new(permits));
+        Room {
+            connections: semaphore(descriptors::connections_max()),
+            handshakes: semaphore(descriptors::handshakes_max(HANDSHAKES_MAX)),
+            said: AtomicBool::new(false),
+        }
+    }
+
+    /// Waits until there is room for one more peer. Dropping the future loses nothing.
+    async fn take(&self) -> Permits {
+        let connections = descriptors::connections_max();
+        let free = self.connections.available_permits();
+        if free == 0 && !self.said.swap(true, Ordering::Relaxed) {
+            warn!(connections, "further peers wait until others are gone: {}", descriptors::ADVICE);
+        } else if free > connections / 8 {
+            self.said.store(false, Ordering::Relaxed);
+        }
+        let permit = |semaphore: &Arc<Semaphore>| Arc::clone(semaphore).acquire_owned();
+        Permits {
+            connection: permit(&self.connections).await.expect("the semaphore is never closed"),
+            handshake: permit(&self.handshakes).await.expect("the semaphore is never closed"),
         }
     }
 }
@@ -433,8 +484,9 @@ async fn welcome<H: Handler>(
     handshake: Timeout<impl Future<Output = Result<Option<(H::Session, Socket)>, String>>>,
     peer: Peer,
     handler: Arc<H>,
-    permit: OwnedSemaphorePermit,
+    permits: Permits,
 ) {
+    let Permits { connection: _connection, handshake: permit } = permits;
     let outcome = handshake.await;
     drop(permit);
     match outcome {

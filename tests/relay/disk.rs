@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
 
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
+
 use crate::support::servers::{http, skip, wait_until};
 use crate::support::store::{assert_lines, run, wait_for_lines};
 use crate::support::waybill::{Bench, PATIENCE, Process, Receiver, lines, waybill};
@@ -212,5 +214,27 @@ fn a_store_that_is_deleted_under_the_receiver_receipts_nothing_more() {
     wait_until("the receipt of the new store", PATIENCE, || receipted() == 11);
     assert_eq!(ready(&receiver), 200);
     assert_eq!(bench.messages(), ["line 10"]);
+    assert!(sender.stop().success());
+}
+
+/// Without a word, SIGXFSZ would end the receiver.
+#[test]
+fn a_limit_of_file_sizes_is_met_like_a_full_disk() {
+    const LINES: usize = 10_000;
+    let bench = Bench::new();
+    let mut receiver = bench.receiver();
+    let process = i32::try_from(receiver.process().id()).ok().and_then(Pid::from_raw);
+    let limit = |current| {
+        let limit = Rlimit { current, ..getrlimit(Resource::Fsize) };
+        prlimit(process, Resource::Fsize, limit).expect("a limit");
+    };
+    limit(Some(1 << 20));
+    bench.write("app.log", lines("line", LINES));
+    let mut sender = bench.sender(&receiver, &["app.log", "--receipts", "receipts.jsonl"]);
+    receiver.process().wait_for_log("the store cannot write");
+    assert_eq!(ready(&receiver), 503);
+    limit(getrlimit(Resource::Fsize).maximum);
+    wait_for_lines(&bench, LINES);
+    assert_lines(&bench, "line", LINES);
     assert!(sender.stop().success());
 }

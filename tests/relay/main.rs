@@ -11,6 +11,7 @@ mod configuration;
 mod crash;
 mod demo;
 mod dependencies;
+mod descriptors;
 mod dialled;
 mod disk;
 mod elasticsearch;

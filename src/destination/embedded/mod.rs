@@ -32,13 +32,14 @@ pub use schema::{StoreError, open_reader};
 
 use files::Files;
 use retention::{Retention, Step};
-use writer::{Runs, Writer};
+use writer::{Room, Runs, Writer};
 
-/// Bytes of frames in one transaction: it ends after the frame that reaches this.
+/// Bytes of lines and documents in one transaction: it ends after the line that reaches this. A
+/// short line may be a long document, so that the frame's own size says little.
 const BATCH_BYTES: usize = 8 << 20;
 
-/// Lines in one transaction, likewise.
-const BATCH_LINES: u64 = 10_000;
+/// Records in one transaction, likewise.
+const BATCH_LINES: usize = 10_000;
 
 /// How often an idle store looks for lines that have become too old.
 const RETENTION_INTERVAL: Duration = Duration::from_secs(60);
@@ -146,8 +147,13 @@ impl Store {
             Ok(answers) => {
                 self.recovered();
                 let lines = answers.iter().map(|runs| runs.lines).sum();
-                for (frame, answer) in frames.iter().zip(answers) {
-                    frame.reply.send(frame.offset, answer.runs);
+                for (frame, answer) in frames.into_iter().zip(answers) {
+                    let (from, reply) = (frame.offset, frame.reply.clone());
+                    // Others do not wait for the whole of it.
+                    if let Some(rest) = answer.rest(frame) {
+                        queue.push_rest(rest);
+                    }
+                    reply.send(from, answer.runs);
                 }
                 lines
             }
@@ -158,21 +164,18 @@ impl Store {
         }
     }
 
-    /// One transaction over all frames that are waiting, within the batch's limits. Every frame
-    /// taken from the queue is in `frames`, whatever happens.
+    /// One transaction over all frames that are waiting, within the batch's limits: of the last frame
+    /// perhaps only the beginning. Every frame taken from the queue is in `frames`, whatever happens.
     fn commit(&mut self, frames: &mut Vec<Frame>, queue: &Queue) -> Result<Vec<Runs>, WriteError> {
         if !self.files.are_there() {
             return Err(WriteError::Gone);
         }
         let mut batch = self.writer.begin()?;
         let mut answers: Vec<Runs> = Vec::new();
-        let (mut bytes, mut lines) = (0, 0);
+        let mut room = Room { bytes: BATCH_BYTES, lines: BATCH_LINES };
         while let Some(frame) = frames.get(answers.len()) {
-            let runs = batch.frame(frame, now_ms())?;
-            bytes += frame.records.len();
-            lines += runs.lines;
-            answers.push(runs);
-            if bytes < BATCH_BYTES && lines < BATCH_LINES {
+            answers.push(batch.frame(frame, now_ms(), &mut room)?);
+            if !room.is_used_up() {
                 frames.extend(queue.try_pop());
             }
         }

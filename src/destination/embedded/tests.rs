@@ -155,6 +155,69 @@ fn a_line_twice_in_one_transaction_is_stored_once() {
     assert_eq!(verdicts, [Verdict::Stored, Verdict::Already]);
 }
 
+/// Frames of short lines with long documents, or of very many lines, must not hold up others.
+#[test]
+fn a_frame_is_committed_in_parts_and_others_come_between() {
+    let folder = folder();
+    let mut store = open(&folder.path().join("store"));
+    let (mut long, other) = (Peer::new(Framing::LINES), Peer::new(Framing::LINES));
+    let mut row = long.segment.row.clone();
+    row.labels.insert("long".to_owned(), "x".repeat(1_200_000));
+    // Lines of two records each: a part that begins with a second one must know it.
+    row.framing = Framing::Lines { version: 1, limit: 2 };
+    let sender = long.segment.sender;
+    long.segment = Arc::new(Segment::new(row, sender, "web1".to_owned(), "test".to_owned()));
+    let many = Peer::new(Framing::LINES);
+    let queue = Queue::default();
+    queue.push(many.frame(0, "\n".repeat(BATCH_LINES) + "x\n"));
+    queue.push(other.frame(0, "other\n"));
+    store.write(long.frame(0, "abc\n".repeat(9)), &queue);
+    let first = long.inbox.try_take();
+    assert_eq!(first.len(), 1, "a part");
+    // 7 documents are too much: the part ends within the fourth line.
+    assert_eq!(first[0].to, 3 * 4 + 2);
+    assert!(many.inbox.try_take().is_empty(), "no room was left");
+    let mut writes = 0;
+    while let Some(frame) = queue.try_pop() {
+        store.write(frame, &queue);
+        writes += 1;
+    }
+    assert!(writes >= 3, "{writes}");
+    let mut expected = first[0].to;
+    for receipt in long.inbox.try_take() {
+        assert_eq!(receipt.from, expected);
+        expected = receipt.to;
+    }
+    assert_eq!(expected, 36);
+    assert_eq!(other.inbox.try_take()[0].runs, [run(6, 1, Verdict::Stored)]);
+    let ends: Vec<u64> = many.inbox.try_take().iter().map(|receipt| receipt.to).collect();
+    assert_eq!(ends.last(), Some(&(BATCH_LINES as u64 + 2)), "{ends:?}");
+    let connection = &store.writer.connection;
+    assert_eq!(count(connection, "lines"), 2 * 9 + 2);
+    assert_eq!(count(connection, r#"lines WHERE document LIKE '%["continues"]%'"#), 9);
+    // The same as in one frame of their own.
+    let again = Peer { segment: Arc::clone(&long.segment), inbox: Arc::default() };
+    store.write(again.frame(32, "abc\n"), &queue);
+    assert_eq!(again.inbox.try_take()[0].runs, [run(36, 2, Verdict::Already)]);
+    assert_eq!(matches(&store.writer.connection, "ab"), 9);
+}
+
+/// A position moves over whole frames: written in turns, all of them would be whole only at the end.
+#[test]
+fn the_rest_of_a_frame_comes_before_its_segments_next_one() {
+    let folder = folder();
+    let mut store = open(&folder.path().join("store"));
+    let (many, other) = (Peer::new(Framing::LINES), Peer::new(Framing::LINES));
+    let text = "\n".repeat(BATCH_LINES) + "x\n";
+    let queue = Queue::default();
+    let next = text.len() as u64;
+    queue.push(many.frame(next, "y\n"));
+    queue.push(other.frame(0, "other\n"));
+    store.write(many.frame(0, text), &queue);
+    let left: Vec<u64> = std::iter::from_fn(|| queue.try_pop()).map(|frame| frame.offset).collect();
+    assert_eq!(left, [BATCH_LINES as u64, 0, next]);
+}
+
 #[test]
 fn what_was_receipted_survives_a_kill_and_what_was_not_is_gone() {
     let folder = folder();
@@ -164,7 +227,8 @@ fn what_was_receipted_survives_a_kill_and_what_was_not_is_gone() {
     peer.write(&mut store, 0, "receipted\n");
     let frame = peer.frame(10, "not receipted\n");
     let mut batch = store.writer.begin().expect("a transaction");
-    batch.frame(&frame, 0).expect("an insert");
+    let mut room = Room { bytes: BATCH_BYTES, lines: BATCH_LINES };
+    batch.frame(&frame, 0, &mut room).expect("an insert");
     // What a kill at this moment leaves: the files as they are.
     let after = folder.path().join("after");
     fs::copy(&path, &after).expect("a copy");

@@ -90,11 +90,33 @@ pub(super) struct OpenSegment {
     newest: i64,
 }
 
+/// What a transaction may still take.
+#[derive(Debug)]
+pub(super) struct Room {
+    /// Of lines and documents.
+    pub(super) bytes: usize,
+    /// Records of any kind: as many runs as these may have an answer.
+    pub(super) lines: usize,
+}
+
+impl Room {
+    fn take(&mut self, bytes: usize) {
+        self.bytes = self.bytes.saturating_sub(bytes);
+        self.lines = self.lines.saturating_sub(1);
+    }
+
+    pub(super) fn is_used_up(&self) -> bool {
+        self.bytes == 0 || self.lines == 0
+    }
+}
+
 /// Neighbouring records with one verdict, joined as they come.
 #[derive(Debug, Default)]
 pub(super) struct Runs {
     pub(super) runs: Vec<Run>,
     pub(super) lines: u64,
+    /// The last record's line goes on in the next one.
+    cut: bool,
 }
 
 impl Runs {
@@ -108,11 +130,30 @@ impl Runs {
             _ => self.runs.push(Run { to, lines: 1, verdict }),
         }
     }
+
+    /// What of the frame these do not cover.
+    pub(super) fn rest(&self, frame: Frame) -> Option<Frame> {
+        let offset = self.runs.last()?.to;
+        // Within the frame, whose length is a `usize`.
+        let done = (offset - frame.offset) as usize;
+        (done < frame.records.len()).then(|| Frame {
+            offset,
+            continues: self.cut,
+            records: frame.records.slice(done..),
+            ..frame
+        })
+    }
 }
 
 impl Batch<'_> {
-    /// Adds a frame's records. An error is the store's, never a line's: roll back.
-    pub(super) fn frame(&mut self, frame: &Frame, now: u64) -> rusqlite::Result<Runs> {
+    /// Adds a frame's records, as many as there is room for and at least one. An error is the store's,
+    /// never a line's: roll back.
+    pub(super) fn frame(
+        &mut self,
+        frame: &Frame,
+        now: u64,
+        room: &mut Room,
+    ) -> rusqlite::Result<Runs> {
         let segment = &*frame.segment;
         let mut lines = self.open(segment, segment.row.day)?;
         let times = FrameTimes::new(frame.read_at, now);
@@ -120,6 +161,7 @@ impl Batch<'_> {
         let mut runs = Runs::default();
         for record in segment.row.framing.records(&frame.records, frame.offset, frame.continues) {
             let read_at = record.time.unwrap_or(frame.read_at);
+            document.clear();
             let verdict = match record.kind {
                 RecordKind::Skipped => Verdict::Skipped,
                 RecordKind::Corrupt => {
@@ -132,7 +174,6 @@ impl Batch<'_> {
                             self.close(&lines)?;
                             lines = self.open(segment, day)?;
                         }
-                        document.clear();
                         segment.write_document(&record, &times, Form::Full, &mut document);
                         let line = Line {
                             id: segment.ids.of(&record),
@@ -150,6 +191,11 @@ impl Batch<'_> {
                 },
             };
             runs.push(record.offset + record.length as u64, verdict);
+            runs.cut = record.cut;
+            room.take(record.length + document.len());
+            if room.is_used_up() {
+                break;
+            }
         }
         *self.document = document;
         self.close(&lines)?;

@@ -8,6 +8,7 @@ use tracing::{error, warn};
 use uuid::Uuid;
 
 use super::{FileSource, Follower, Resting, SEEN_INTERVAL, rows_of};
+use crate::descriptors;
 use crate::record::unescape_path;
 use crate::sender::kept::{self, Kept};
 use crate::sender::metrics::Counters;
@@ -53,9 +54,11 @@ impl Follower {
                     let task = self.tasks.spawn(stream.run());
                     self.runs.insert(task.id(), run);
                 }
-                Err(error) => {
-                    error!(%run, %error, "lost: the copy of a deleted file is unreadable")
-                }
+                Err(error) => match descriptors::advice(&error) {
+                    Some(advice) => warn!(%run, %error,
+                        "the copy of a deleted file waits for the next start; {advice}"),
+                    None => error!(%run, %error, "lost: the copy of a deleted file is unreadable"),
+                },
             }
         }
     }

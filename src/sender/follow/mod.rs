@@ -16,16 +16,21 @@ use tokio::task::{JoinSet, block_in_place};
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
+use recognising::{Undecided, family};
+
 use super::Context;
 use super::link::Mailbox;
 use super::rows::Attributes;
 use super::stream::{End, Ended, Flags, Parts, Stream, file_origin};
 use crate::config::{Input, Start};
+use crate::descriptors;
 use crate::record::{Framing, escape_path};
 use crate::source::files::discovery::{Hints, SWEEP_INTERVAL, Sweep, has_wildcard, sweep};
 use crate::source::files::recognition::{Decision, Found};
 use crate::source::files::siblings::is_rotated_name;
+use crate::source::files::survey::SurveyError;
 use crate::source::files::tail::{Inode, OpenError, Tail};
+use crate::spool::Throttle;
 use crate::state::{Entry, Progress, Stamp};
 
 /// Hints in quick succession are answered by one sweep.
@@ -57,8 +62,15 @@ pub struct Follower {
     runs: HashMap<tokio::task::Id, Uuid>,
     /// When rows learnt last that their files are there.
     seen_at: Option<Instant>,
-    /// No sweep has looked for all known runs yet.
+    /// No sweep has looked for known runs yet.
     first: bool,
+    /// No sweep has looked for all of them yet.
+    vanished_unknown: bool,
+    /// How many files are taken up in the next sweep: fewer after one that needed too many
+    /// descriptors.
+    batch: usize,
+    /// Files wait for their turn; has been said.
+    crowded: Throttle,
     failed: bool,
 }
 
@@ -123,6 +135,10 @@ struct Seen {
     held: HashMap<Inode, Uuid>,
     inodes: HashSet<Inode>,
     found: Vec<Found>,
+    /// Their families.
+    families: HashSet<PathBuf>,
+    /// Families of files for which there is no descriptor now.
+    waiting: HashSet<PathBuf>,
     /// Files that no pattern names, and that are not where they rested.
     moved: bool,
 }
@@ -153,6 +169,9 @@ impl Follower {
             runs: HashMap::new(),
             seen_at: None,
             first: true,
+            vanished_unknown: true,
+            batch: usize::MAX,
+            crowded: Throttle::default(),
             failed: false,
             context,
         }
@@ -168,7 +187,8 @@ impl Follower {
         let mut hints = Hints::new();
         while !self.context.stopping.is_cancelled() {
             let started = block_in_place(|| self.sweep(&mut hints));
-            if self.context.config.once && self.tasks.is_empty() && started == 0 {
+            let is_crowded = self.context.crowded.load(Ordering::Relaxed);
+            if self.context.config.once && self.tasks.is_empty() && started == 0 && !is_crowded {
                 break;
             }
             let stopping = self.context.stopping.clone();
@@ -254,19 +274,30 @@ impl Follower {
             || self.is_noting_due();
         let mut started = 0;
         if is_due {
-            started = match self.recognise(seen.found) {
+            let number = seen.found.len();
+            started = match self.recognise(seen.found, &seen.waiting) {
                 Ok(started) => started,
+                Err(Undecided::Survey(SurveyError::Crowded)) => {
+                    self.take_up_fewer(number);
+                    return 0;
+                }
                 Err(error) => {
                     self.failed |= self.context.config.once;
                     warn!(%error, "files could not be compared: it is tried again");
                     return 0;
                 }
             };
-            self.report_missing();
-            if std::mem::take(&mut self.first) {
-                self.report_vanished();
+            self.first = false;
+            self.batch = usize::MAX;
+            // A file that waits may be the one that is missed.
+            if seen.waiting.is_empty() {
+                self.report_missing();
+                if std::mem::take(&mut self.vanished_unknown) {
+                    self.report_vanished();
+                }
             }
         }
+        self.crowd(!seen.waiting.is_empty());
         // Also where nothing was found: what comes later was not there at the first run.
         self.mark_followed();
         self.note_seen();
@@ -327,17 +358,68 @@ impl Follower {
             return;
         }
         let is_decided = self.copies.get(&inode).is_some_and(|copy| copy.is_decided(stamp));
-        if is_decided || !seen.inodes.insert(inode) {
+        if is_decided {
+            return;
+        }
+        let family = family(&path);
+        // One that shares its family with another is needed to tell them apart.
+        if !self.has_room(seen.found.len()) && !seen.families.contains(&family) {
+            seen.waiting.insert(family);
+            return;
+        }
+        if !seen.inodes.insert(inode) {
             return;
         }
         match Tail::open(&path, follow) {
             Ok(tail) => {
                 self.complaints.remove(&path);
+                seen.families.insert(family);
                 let (path, source) = (path.clone(), number);
                 seen.found.push(Found { path, tail, source, wanted: true, elsewhere: false });
             }
             Err(OpenError::Gone) => {}
-            Err(error) => self.complain(&path, error.to_string(), true),
+            Err(error) => {
+                let waits = matches!(error, OpenError::Exhausted(_));
+                if waits {
+                    seen.waiting.insert(family);
+                }
+                self.complain(&path, error.to_string(), !waits);
+            }
+        }
+    }
+
+    /// Whether one more file may be followed.
+    fn has_room(&self, found: usize) -> bool {
+        found < self.batch && self.tasks.len() + found < descriptors::followed_max()
+    }
+
+    /// Notes whether files wait for want of descriptors: then quiet ones are let go soon.
+    fn crowd(&mut self, is_crowded: bool) {
+        let was_crowded = self.context.crowded.swap(is_crowded, Ordering::Relaxed);
+        if !is_crowded {
+            return;
+        }
+        if self.crowded.count().is_some() {
+            warn!(
+                followed = self.tasks.len(),
+                "there are more files than may be open: they are followed in turns; {}",
+                descriptors::ADVICE
+            );
+        }
+        if !was_crowded {
+            self.streams.values().for_each(Held::look);
+        }
+    }
+
+    /// Rotated files beside those found were too many to be open at a time.
+    fn take_up_fewer(&mut self, found: usize) {
+        let once = self.context.config.once;
+        let gives_up = once && self.batch == 1 && self.tasks.is_empty();
+        self.failed |= gives_up;
+        self.batch = (found / 2).max(1);
+        self.crowd(true);
+        if gives_up {
+            self.context.crowded.store(false, Ordering::Relaxed);
         }
     }
 

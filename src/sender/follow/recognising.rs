@@ -1,27 +1,40 @@
 //! What recognition is told, and what it is asked about: known runs, where they are, and which
 //! rotated files were there before us.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 
+use thiserror::Error;
 use tracing::info;
 use uuid::Uuid;
 
 use super::{FileSource, Follower, Held, Resting};
+use crate::descriptors;
 use crate::record::{Framing, escape_path, unescape_path};
 use crate::sender::rows::passed_over;
 use crate::source::files::discovery::has_wildcard;
 use crate::source::files::recognition::{self, Decision, Found, Known, Surroundings};
-use crate::source::files::survey::{Scope, Survey, survey};
+use crate::source::files::siblings::base;
+use crate::source::files::survey::{Scope, Survey, SurveyError, survey};
 use crate::source::files::tail::Inode;
 use crate::state::{Entry, Progress, Stamp};
 
 impl Follower {
-    /// Decides over the files found, and over all rotated files that this brings into play.
-    pub(super) fn recognise(&mut self, found: Vec<Found>) -> io::Result<usize> {
-        let all = self.known();
+    /// Decides over the files found, and over all rotated files that this brings into play, but not
+    /// over the families that wait for their turn.
+    pub(super) fn recognise(
+        &mut self,
+        found: Vec<Found>,
+        waiting: &HashSet<PathBuf>,
+    ) -> Result<usize, Undecided> {
+        let mut all = self.known();
+        if !waiting.is_empty() {
+            self.leave_out(waiting, &mut all, &found);
+        }
         let scope = self.scope(&all, &found);
         let streaming: HashMap<Inode, Uuid> =
             self.streams.iter().map(|(run, held)| (held.inode, *run)).collect();
@@ -34,7 +47,8 @@ impl Follower {
         let is_known = |inode, stamp| {
             streaming.contains_key(&inode) || rests(inode, stamp) || is_decided(inode, stamp)
         };
-        let Survey { found, places } = survey(found, &scope, is_known)?;
+        let Survey { found, places } =
+            survey(found, &scope, descriptors::compared_max(), is_known)?;
         for (inode, (path, stamp)) in &places {
             if let Some(held) = streaming.get(inode).and_then(|run| self.streams.get_mut(run)) {
                 held.renamed(path);
@@ -63,6 +77,24 @@ impl Follower {
             self.pass_over(&first_run, passed)?;
         }
         Ok(self.carry_out(decisions))
+    }
+
+    /// Leaves runs out of the decision whose file may be one that was not opened for want of
+    /// descriptors: nothing must take them for gone, nor follow in their place.
+    fn leave_out(&self, waiting: &HashSet<PathBuf>, known: &mut Vec<Known>, found: &[Found]) {
+        let held = known.iter().filter(|known| self.is_held(known.run));
+        let mut in_play: HashSet<PathBuf> = held.map(|known| family(&known.path())).collect();
+        in_play.extend(found.iter().map(|found| family(&found.path)));
+        let inodes: HashSet<Inode> = found.iter().map(|found| found.tail.inode()).collect();
+        known.retain(|known| {
+            let place = &known.progress.place;
+            let inode = Inode { device: place.device, inode: place.inode };
+            let family = family(&known.path());
+            self.is_held(known.run)
+                || !waiting.contains(&family)
+                || in_play.contains(&family)
+                || inodes.contains(&inode)
+        });
     }
 
     /// The families of all names that are in play.
@@ -140,6 +172,21 @@ impl Follower {
         known.sort_by_key(|known| known.opened);
         known
     }
+}
+
+/// Why nothing is decided in this sweep.
+#[derive(Debug, Error)]
+pub(super) enum Undecided {
+    #[error(transparent)]
+    Survey(#[from] SurveyError),
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+/// The name that a file and its rotated siblings share.
+pub(super) fn family(path: &Path) -> PathBuf {
+    let base = path.file_name().map_or(&[][..], |name| base(name.as_bytes()));
+    path.with_file_name(OsStr::from_bytes(base))
 }
 
 fn resting(entry: &Entry) -> Option<Resting> {

@@ -42,6 +42,9 @@ const LET_GO_AFTER: Duration = Duration::from_secs(600);
 /// A file that nobody writes is let go after so long; its next change brings it back.
 const REST_AFTER: Duration = Duration::from_secs(3600);
 
+/// The same while other files wait for its descriptor.
+const REST_SOON: Duration = Duration::from_secs(2);
+
 /// How far the frontier may be ahead of the position (I7).
 const AHEAD_MAX: u64 = 128 << 20;
 
@@ -364,6 +367,10 @@ impl Stream {
         }
     }
 
+    fn rest_after(&self) -> Duration {
+        if self.context.crowded.load(Ordering::Relaxed) { REST_SOON } else { REST_AFTER }
+    }
+
     fn is_stopping(&self) -> bool {
         self.context.stopping.is_cancelled()
     }
@@ -409,7 +416,7 @@ impl Stream {
             sooner(Some(self.changed_at + FINISHED_AFTER).filter(|at| *at > now));
             sooner(Some(self.changed_at + LET_GO_AFTER).filter(|at| *at > now));
         }
-        sooner(Some(self.changed_at + REST_AFTER).filter(|at| *at > now));
+        sooner(Some(self.changed_at + self.rest_after()).filter(|at| *at > now));
         Work::Wait(due)
     }
 
@@ -498,7 +505,7 @@ impl Stream {
                     return Some(End::Done);
                 }
                 // Nobody would come back for a last line that waits for its file to be renamed.
-                let idle = unchanged >= REST_AFTER && !self.unfinished;
+                let idle = unchanged >= self.rest_after() && !self.unfinished;
                 let rests = once
                     || file.tail.is_compressed()
                     || (succeeded && unchanged >= LET_GO_AFTER)

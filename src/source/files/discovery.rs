@@ -15,6 +15,8 @@ use inotify::{Inotify, WatchMask};
 use tokio::io::unix::AsyncFd;
 use tracing::debug;
 
+use crate::descriptors;
+
 /// How often patterns are swept without a hint.
 pub const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -83,12 +85,19 @@ pub fn would_name(pattern: &str, path: &Path) -> bool {
         .is_ok_and(|pattern| pattern.matches_with(&path.to_string_lossy(), options))
 }
 
-/// The names in a folder, as far as it can be read.
-pub fn names(folder: &Path) -> Vec<OsString> {
-    list(folder).unwrap_or_else(|error| {
-        debug!(folder = %folder.display(), %error, "not searched");
-        Vec::new()
-    })
+/// The names in a folder, as far as it may be read.
+///
+/// # Errors
+///
+/// For want of descriptors: then nothing is known of it.
+pub fn names(folder: &Path) -> io::Result<Vec<OsString>> {
+    match list(folder) {
+        Err(error) if descriptors::advice(&error).is_none() => {
+            debug!(folder = %folder.display(), %error, "not searched");
+            Ok(Vec::new())
+        }
+        names => names,
+    }
 }
 
 /// The names in a folder; none in what is no folder.

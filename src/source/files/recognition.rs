@@ -26,7 +26,7 @@ use uuid::Uuid;
 
 use super::fingerprint::{FINGERPRINT_BYTES, Match, PREFIX_BYTES_MAX, matches};
 use super::siblings::{are_related, has_rotated_name, is_archive_name, is_rotation};
-use super::tail::{Inode, Tail};
+use super::tail::{Inode, OpenError, Tail};
 use crate::record::{SegmentId, unescape_path};
 use crate::state::Progress;
 
@@ -372,9 +372,13 @@ fn is_archive_of(found: &mut Found, at: &Path) -> bool {
     found.tail.is_compressed() && is_archive_name(&found.path, at) && is_beginning(found, at)
 }
 
-/// A copy that cannot be read yet is in the making.
+/// A copy that cannot be read yet is in the making. What cannot be compared for want of descriptors
+/// waits as a copy does.
 fn is_beginning(found: &mut Found, at: &Path) -> bool {
-    let Ok(mut original) = Tail::open(at, true) else { return false };
+    let mut original = match Tail::open(at, true) {
+        Ok(original) => original,
+        Err(error) => return matches!(error, OpenError::Exhausted(_)),
+    };
     begins_with(&mut original, &mut found.tail, 0).unwrap_or(true)
 }
 
@@ -411,7 +415,10 @@ impl<'a> Original<'a> {
 /// Whether the file of a run in hand was truncated, and this is the copy made before: the run's
 /// stream is about to notice, and then goes on in the copy.
 fn was_cut_off(known: &Known, at: &Path, found: &mut Found) -> bool {
-    let Ok(mut original) = Tail::open(at, true) else { return false };
+    let mut original = match Tail::open(at, true) {
+        Ok(original) => original,
+        Err(error) => return matches!(error, OpenError::Exhausted(_)),
+    };
     let is_whole = |tail: &mut Tail| matches!(matches(tail, &known.progress), Ok(Match::Whole));
     let is_short = original.size().is_ok_and(|size| size < known.progress.size);
     (is_short || !is_whole(&mut original)) && is_whole(&mut found.tail)

@@ -2,14 +2,16 @@
 //! siblings that nobody knows.
 
 use std::collections::{BTreeMap, HashMap};
-use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+
+use thiserror::Error;
 
 use super::discovery::{names, sweep};
 use super::recognition::Found;
 use super::siblings::{base, is_of_family};
-use super::tail::{Inode, Tail};
+use super::tail::{Inode, OpenError, Tail};
+use crate::descriptors;
 use crate::state::Stamp;
 
 /// How often folders are listed anew where files move meanwhile, before it is left to the next
@@ -48,18 +50,30 @@ pub struct Listed {
     pub elsewhere: bool,
 }
 
-/// Adds relatives to the files found, except those that `is_known` says need no look.
+/// Why there is no survey now. Half of one would take files for gone that are there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Error)]
+pub enum SurveyError {
+    /// More files than there are descriptors for.
+    #[error("there are too many files to compare them all at once; {}", descriptors::ADVICE)]
+    Crowded,
+    /// Names never stand still.
+    #[error("files are renamed faster than they can be opened")]
+    Moving,
+}
+
+/// Adds relatives to the files found, `opened_max` at most, except those that `is_known` says need no look.
 ///
 /// A rotation while we look renames a file from a name that we have not opened yet to one that we
 /// have: the names are listed again afterwards, until nothing has moved.
 pub fn survey(
     mut found: Vec<Found>,
     scope: &Scope,
+    opened_max: usize,
     is_known: impl Fn(Inode, Stamp) -> bool,
-) -> io::Result<Survey> {
+) -> Result<Survey, SurveyError> {
     let wanted = found.len();
     for _ in 0..LISTINGS_MAX {
-        let before = list(scope);
+        let before = list(scope)?;
         let mut places: HashMap<Inode, (PathBuf, Stamp)> = HashMap::new();
         for (path, listed) in &before {
             places.entry(listed.inode).or_insert_with(|| (path.clone(), listed.stamp));
@@ -67,11 +81,18 @@ pub fn survey(
             if is_found || is_known(listed.inode, listed.stamp) {
                 continue;
             }
-            let Ok(tail) = Tail::open(path, false) else { continue };
+            if found.len() - wanted >= opened_max {
+                return Err(SurveyError::Crowded);
+            }
+            let tail = match Tail::open(path, false) {
+                Ok(tail) => tail,
+                Err(OpenError::Exhausted(_)) => return Err(SurveyError::Crowded),
+                Err(_) => continue,
+            };
             let Listed { source, elsewhere, .. } = *listed;
             found.push(Found { path: path.clone(), tail, source, wanted: false, elsewhere });
         }
-        let after = list(scope);
+        let after = list(scope)?;
         let moved = |(path, listed): (&PathBuf, &Listed)| {
             after.get(path).is_none_or(|now| now.inode != listed.inode)
         };
@@ -85,11 +106,15 @@ pub fn survey(
         }
         found.truncate(wanted);
     }
-    Err(io::Error::other("files are renamed faster than they can be opened"))
+    Err(SurveyError::Moving)
 }
 
 /// The families of the paths in the scope and what lies in the places of rotated files, as it is now.
-pub fn list(scope: &Scope) -> BTreeMap<PathBuf, Listed> {
+///
+/// # Errors
+///
+/// For want of descriptors.
+pub fn list(scope: &Scope) -> Result<BTreeMap<PathBuf, Listed>, SurveyError> {
     let mut folders: BTreeMap<&Path, BTreeMap<&[u8], usize>> = BTreeMap::new();
     for (path, source) in scope.bases.iter().filter(|(path, _)| path.is_absolute()) {
         if let (Some(folder), Some(name)) = (path.parent(), path.file_name()) {
@@ -98,19 +123,23 @@ pub fn list(scope: &Scope) -> BTreeMap<PathBuf, Listed> {
     }
     let mut listing = Listing::new();
     for (pattern, source) in &scope.rotated {
-        for path in sweep(pattern).paths {
+        let swept = sweep(pattern);
+        if swept.unreadable.iter().any(|(_, error)| descriptors::advice(error).is_some()) {
+            return Err(SurveyError::Crowded);
+        }
+        for path in swept.paths {
             note(&mut listing, path, *source, true);
         }
     }
     for (folder, families) in folders {
-        for name in names(folder) {
+        for name in names(folder).map_err(|_| SurveyError::Crowded)? {
             let is_member = |(base, _): &(&&[u8], &usize)| is_of_family(base, name.as_bytes());
             if let Some((_, source)) = families.iter().find(is_member) {
                 note(&mut listing, folder.join(&name), *source, false);
             }
         }
     }
-    listing
+    Ok(listing)
 }
 
 fn note(listing: &mut Listing, path: PathBuf, source: usize, elsewhere: bool) {

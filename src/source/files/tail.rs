@@ -11,6 +11,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use thiserror::Error;
 
+use crate::descriptors;
 use crate::record::Day;
 use crate::state::Stamp;
 
@@ -32,6 +33,9 @@ pub enum OpenError {
          u:{uid}:rX` on it and its folders", uid = rustix::process::geteuid().as_raw()
     )]
     Denied,
+    /// Not now: there is no descriptor for it.
+    #[error("cannot be opened: {0}; {advice}", advice = descriptors::advice(.0).unwrap_or_default())]
+    Exhausted(io::Error),
     /// Anything else.
     #[error("cannot be read: {0}")]
     Io(io::Error),
@@ -41,6 +45,7 @@ impl From<io::Error> for OpenError {
     fn from(error: io::Error) -> OpenError {
         match error.kind() {
             io::ErrorKind::PermissionDenied => OpenError::Denied,
+            _ if descriptors::advice(&error).is_some() => OpenError::Exhausted(error),
             _ => OpenError::Io(error),
         }
     }

@@ -30,18 +30,18 @@ use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use self::record::{Flaw, Form, Posted, piece_key};
 use super::framer::Framer;
+use super::room::Room;
 use super::socket::{BindError, SourceError, now_ms};
 use crate::record::RECORD_BYTES_MAX;
 use crate::spool::{Spool, Throttle};
 
-/// Connections served at a time, each with at most one longest record and one read in memory;
+/// Connections served at a time at most, each with at most one longest record and one read in memory;
 /// further ones wait in the kernel's queue.
 const CONNECTIONS_MAX: usize = 32;
 
@@ -153,15 +153,14 @@ enum Held {
 
 impl Server {
     async fn accept(self: &Arc<Self>, listener: &TcpListener, connections: &TaskTracker) {
-        let permits = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-        let failed = Throttle::default();
+        let room = Room::new(&self.address.to_string(), CONNECTIONS_MAX);
         loop {
             // Neither loses anything when it is dropped (tokio documents both as cancel safe).
             let next = async {
-                let permit = permits.clone().acquire_owned().await;
-                (permit, listener.accept().await)
+                let permits = room.take().await;
+                (permits, listener.accept().await)
             };
-            let (permit, accepted) = tokio::select! {
+            let (permits, accepted) = tokio::select! {
                 () = self.shutdown.cancelled() => return,
                 next = next => next,
             };
@@ -170,16 +169,11 @@ impl Server {
                     let server = self.clone();
                     connections.spawn(async move {
                         server.serve(stream).await;
-                        drop(permit);
+                        drop(permits);
                     });
                 }
                 Err(error) => {
-                    if let Some(times) = failed.count() {
-                        tracing::error!(
-                            address = %self.address, %error, times,
-                            "cannot accept a connection; raise LimitNOFILE if descriptors ran out",
-                        );
-                    }
+                    room.failed(&error);
                     sleep(ACCEPT_PAUSE).await;
                 }
             }

@@ -85,7 +85,7 @@ impl Folder {
         let bases = paths.map(|path| (path, 0)).collect();
         let is_held = |inode, _| held.iter().any(|known| known.inode() == inode);
         let scope = Scope { bases, rotated: Vec::new() };
-        let Survey { found, places } = survey(found, &scope, is_held).expect("settled");
+        let Survey { found, places } = survey(found, &scope, usize::MAX, is_held).expect("settled");
         let held: Vec<Held> = held
             .iter()
             .map(|known| Held {
