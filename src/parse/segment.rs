@@ -213,13 +213,20 @@ impl Segment {
         }
     }
 
-    /// A header's message may be JSON in turn: that is what nginx sends.
+    /// A header's message may be JSON or an error log's line in turn: that is what nginx sends.
     fn take_header<'a>(&self, header: Header<'a>, parsed: &mut Parsed<'a>) {
         if header.message.starts_with('{') {
             let Parsed { fields, others, .. } = parsed;
             if json::read(header.message, &self.zone, fields, others).is_none() {
                 *parsed = Parsed::default();
             }
+        } else if let Some((pid, message)) =
+            access_log::read_nginx_error(header.message, &self.zone, &mut parsed.fields)
+        {
+            parsed.process_id = Some(pid);
+            parsed.fields.message = Held::Text(Cow::Borrowed(message));
+            // A header may tell the zone, which nginx does not.
+            parsed.fields.timestamp = header.timestamp.or(parsed.fields.timestamp);
         }
         let Parsed { fields, .. } = parsed;
         fields.timestamp = fields.timestamp.or(header.timestamp);
@@ -227,7 +234,7 @@ impl Segment {
             fields.message = Held::Text(Cow::Borrowed(header.message));
         }
         let digits = |text: &&str| text.len() <= 10;
-        parsed.process_id = header.procid.filter(digits).and_then(count);
+        parsed.process_id = header.procid.filter(digits).and_then(count).or(parsed.process_id);
         parsed.header = Some(header);
     }
 }

@@ -356,6 +356,18 @@ fn nginx_error_logs_have_a_level() {
             "process": { "pid": 123 },
         }))
     );
+    // As nginx sends them to a socket.
+    let sent = format!("<187>Nov 21 07:17:01 nginx: {line}");
+    let made = document(&sent);
+    assert_eq!(made["@timestamp"], "2026-11-21T07:17:01.000Z");
+    assert_eq!(made["message"], "*5 open() failed, client: 10.0.0.1");
+    assert_eq!(made["event"]["original"], sent.as_str());
+    assert_eq!(made["log"]["level"], "error");
+    assert_eq!(made["process"], json!({ "name": "nginx", "pid": 123 }));
+    // syslog-ng tells the zone, which counts.
+    let made = document(&format!("<187>1 2026-11-21T08:17:01+01:00 web1 nginx - - - {line}"));
+    assert_eq!(made["@timestamp"], "2026-11-21T07:17:01.000Z");
+    assert_eq!(made["log"]["level"], "error");
 }
 
 #[test]
