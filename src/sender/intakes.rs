@@ -5,7 +5,7 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,7 +24,10 @@ use crate::source::stdin::{StdinEnd, StdinSource};
 use crate::source::stream::StreamSource;
 use crate::source::supervisor::SupervisorSource;
 use crate::source::{BindError, SourceError};
-use crate::spool::{Budget, Spool, SpoolError, directory};
+use crate::spool::{Budget, Spool, SpoolError, Throttle, directory};
+
+/// How often a socket is bound again whose place is to be mended.
+const BIND_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How often it is looked whether somebody still reads an old spool.
 const LET_GO_INTERVAL: Duration = Duration::from_millis(10);
@@ -49,7 +52,7 @@ pub enum OpenError {
     StdinTaken,
 }
 
-/// A bound socket with its spool, before its first byte.
+/// A socket with its spool, before its first byte.
 pub struct SpoolSource {
     source: SourceConfig,
     spool: Arc<Spool>,
@@ -62,10 +65,56 @@ enum Intake {
     Http(HttpIntake),
     Stdin(StdinSource),
     Supervisor(SupervisorSource),
+    Unbound(Unbound),
+}
+
+/// A Unix socket whose place somebody has to mend first.
+struct Unbound {
+    path: PathBuf,
+    mode: u32,
+    bind: fn(&Path, u32) -> Result<Intake, BindError>,
+    said: Throttle,
+}
+
+impl Unbound {
+    fn bind(&self) -> Result<Intake, BindError> {
+        (self.bind)(&self.path, self.mode)
+    }
+
+    /// Binds; what somebody can mend meanwhile is left for later.
+    fn open(self) -> Result<Intake, BindError> {
+        match self.bind() {
+            Err(error) if error.is_about_the_place() => {
+                self.say(&error);
+                Ok(Intake::Unbound(self))
+            }
+            bound => bound,
+        }
+    }
+
+    /// Tries until it is bound; `None` at the stop.
+    async fn wait(self, stopping: &CancellationToken) -> Option<Intake> {
+        loop {
+            tokio::select! {
+                () = stopping.cancelled() => return None,
+                () = tokio::time::sleep(BIND_INTERVAL) => {}
+            }
+            match tokio::task::block_in_place(|| self.bind()) {
+                Ok(intake) => return Some(intake),
+                Err(error) => self.say(&error),
+            }
+        }
+    }
+
+    fn say(&self, error: &BindError) {
+        if self.said.count().is_some() {
+            error!("{error}; until then this source takes nothing, and the others go on");
+        }
+    }
 }
 
 impl SpoolSource {
-    /// Binds the socket and opens the spool; `None` for a source of files. Blocking.
+    /// Binds the socket, if it can be, and opens the spool; `None` for a source of files. Blocking.
     fn open(
         attributes: &Attributes,
         state_dir: &Path,
@@ -79,9 +128,16 @@ impl SpoolSource {
                 SupervisorSource::open(state_dir).map_err(OpenError::Supervisor)?,
             ),
             Input::UnixDatagram { path, mode } => {
-                Intake::Datagram(DatagramSource::bind(path, *mode)?)
+                let bind =
+                    |path: &Path, mode| Ok(Intake::Datagram(DatagramSource::bind(path, mode)?));
+                Unbound { path: path.clone(), mode: *mode, bind, said: Throttle::default() }
+                    .open()?
             }
-            Input::UnixStream { path, mode } => Intake::Stream(StreamSource::bind(path, *mode)?),
+            Input::UnixStream { path, mode } => {
+                let bind = |path: &Path, mode| Ok(Intake::Stream(StreamSource::bind(path, mode)?));
+                Unbound { path: path.clone(), mode: *mode, bind, said: Throttle::default() }
+                    .open()?
+            }
             Input::HttpIntake { address } => Intake::Http(HttpIntake::bind(*address)?),
             Input::SyslogUdp { address, receive_buffer } => {
                 let dropped = attributes.counters.dropped_datagrams.clone();
@@ -146,6 +202,10 @@ async fn take_in(
         Intake::Datagram(source) => source.run(spool, stopping).await.map(|()| false),
         Intake::Stream(source) => source.run(spool, stopping).await.map(|()| false),
         Intake::Http(source) => source.run(spool, stopping).await.map(|()| false),
+        Intake::Unbound(socket) => match socket.wait(&stopping).await {
+            Some(bound) => Box::pin(take_in(bound, spool, stopping, everything)).await,
+            None => Ok(false),
+        },
         Intake::Stdin(source) => {
             source.run(spool, stopping).await.map(|end| end == StdinEnd::Finished)
         }

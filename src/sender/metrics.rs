@@ -60,7 +60,7 @@ pub struct Metrics {
     /// Readings of a changed configuration.
     pub reloads: Reloads,
     kept_bytes: (AtomicU64, AtomicU64),
-    /// The state is open and sockets are bound.
+    /// The state is open and sockets are bound, as far as they can be.
     pub ready: AtomicBool,
     budget: Arc<Budget>,
 }

@@ -98,7 +98,9 @@ pub enum BindError {
     #[error(transparent)]
     Tls(#[from] TlsError),
     /// Anything else with a path, mostly permissions.
-    #[error("{path}: cannot bind the socket: check the owner and permissions of its directory")]
+    #[error(
+        "{path}: cannot bind the socket: {source}: check the owner and permissions of its directory"
+    )]
     Io {
         /// The socket's path.
         path: String,
@@ -110,6 +112,14 @@ pub enum BindError {
 impl BindError {
     fn io(path: &Path, source: io::Error) -> BindError {
         BindError::Io { path: escape_path(path), source }
+    }
+
+    /// Whether it is about the place of a socket, which somebody may mend while we run.
+    pub fn is_about_the_place(&self) -> bool {
+        matches!(
+            self,
+            BindError::NotASocket { .. } | BindError::NoDirectory { .. } | BindError::Io { .. }
+        )
     }
 
     pub(super) fn address(address: SocketAddr, source: io::Error) -> BindError {

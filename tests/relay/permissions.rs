@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::Command;
 
@@ -123,4 +124,31 @@ fn a_folder_that_cannot_be_listed_is_said_and_holds_up_nobody() {
     let later = ["later in open", "later in enter"].map(String::from);
     let all = ["closed", "open", "enter"].into_iter().flat_map(|tag| numbered(tag, 100));
     bench.assert_lines(all.chain(later));
+}
+
+#[test]
+fn a_socket_in_a_folder_of_another_owner_is_bound_once_that_is_mended() {
+    if !have("setpriv", "util-linux") {
+        return;
+    }
+    let bench = Bench::new();
+    let receiver = bench.receiver();
+    bench.write("a.log", lines("a", 100));
+    fs::create_dir(bench.path("run")).expect("a folder");
+    chmod(&bench.path("run"), 0o555);
+    let arguments = ["a.log", "--unix-datagram", "run/log.sock"];
+    let mut sender = unprivileged_sender(&bench, &receiver, &arguments);
+    bench.wait_for_lines(100);
+    sender.wait_for_log("cannot bind the socket: Permission denied");
+    sender.wait_for_log("check the owner and permissions");
+    if is_root() {
+        chown(bench.path("run"), Some(NOBODY), Some(NOBODY)).expect("chown");
+    }
+    chmod(&bench.path("run"), 0o755);
+    sender.wait_for_log("listening for datagrams");
+    let socket = UnixDatagram::unbound().expect("a socket");
+    socket.send_to(b"a datagram", bench.path("run/log.sock")).expect("send");
+    bench.wait_for_lines(101);
+    assert!(sender.stop().success());
+    bench.assert_lines(numbered("a", 100).chain(["a datagram".to_owned()]));
 }

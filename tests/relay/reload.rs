@@ -130,6 +130,36 @@ fn new_lines_carry_a_changed_tag_and_none_is_lost_or_doubled() {
 }
 
 #[test]
+fn a_source_whose_socket_waits_for_its_folder_comes_and_goes() {
+    let bench = Bench::new();
+    let receiver = bench.receiver();
+    bench.write("send.toml", sources("one"));
+    let mut sender = start(&bench, &receiver);
+    let waiting = "[[source]]\nunix_datagram = 'run/late.sock'\n";
+    // It comes, goes, and comes again; another configuration leaves it as it is.
+    for text in [
+        sources("one") + waiting,
+        sources("one"),
+        sources("one") + waiting,
+        sources("two") + waiting,
+    ] {
+        bench.write("send.toml", text);
+        hang_up(&sender, TAKEN);
+    }
+    assert_eq!(sender.log().matches("its directory is missing").count(), 2, "{}", sender.log());
+    std::fs::create_dir(bench.path("run")).expect("a folder");
+    wait_until("the socket is bound", PATIENCE, || bench.path("run/late.sock").exists());
+    let socket = UnixDatagram::unbound().expect("a socket");
+    socket.send_to(b"late", bench.path("run/late.sock")).expect("send");
+    bench.wait_for_lines(1);
+    bench.write("send.toml", sources("two"));
+    hang_up(&sender, TAKEN);
+    assert!(!bench.path("run/late.sock").exists(), "its socket is let go");
+    assert!(sender.stop().success());
+    bench.assert_lines(["late".to_owned()]);
+}
+
+#[test]
 fn sources_come_and_go_and_what_cannot_be_bound_is_refused() {
     let bench = Bench::new();
     let receiver = bench.receiver();

@@ -5,7 +5,7 @@ use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::process::Stdio;
 
 use super::support::servers::wait_until;
-use super::support::waybill::{Bench, PATIENCE, lines, numbered};
+use super::support::waybill::{Bench, PATIENCE, Process, lines, numbered};
 
 fn datagrams(bench: &Bench, name: &str, texts: impl Iterator<Item = String>) {
     let socket = UnixDatagram::unbound().expect("a socket");
@@ -15,8 +15,11 @@ fn datagrams(bench: &Bench, name: &str, texts: impl Iterator<Item = String>) {
     }
 }
 
-fn wait_for_socket(bench: &Bench, name: &str) {
-    wait_until("the socket is there", PATIENCE, || bench.path(name).exists());
+/// By the log: a process that was killed leaves a socket file behind.
+fn wait_for_socket(sender: &Process, name: &str) {
+    wait_until(&format!("{name} is bound"), PATIENCE, || {
+        sender.log().lines().any(|line| line.contains("listening for") && line.contains(name))
+    });
 }
 
 #[test]
@@ -25,7 +28,7 @@ fn datagrams_are_stored_once_and_the_spool_drains() {
     let mut receiver = bench.receiver();
     let arguments = ["--unix-datagram", "log.sock", "--type", "nginx"];
     let mut sender = bench.sender(&receiver, &arguments);
-    wait_for_socket(&bench, "log.sock");
+    wait_for_socket(&sender, "log.sock");
     datagrams(&bench, "log.sock", numbered("first", 1000));
     bench.wait_for_lines(1000);
     receiver.stop();
@@ -46,8 +49,8 @@ fn what_was_spooled_outlives_the_sender() {
     receiver.stop();
     let arguments = ["--unix-datagram", "log.sock", "--unix-stream", "stream.sock"];
     let mut sender = bench.sender(&receiver, &arguments);
-    wait_for_socket(&bench, "log.sock");
-    wait_for_socket(&bench, "stream.sock");
+    wait_for_socket(&sender, "log.sock");
+    wait_for_socket(&sender, "stream.sock");
     let mut expected = Vec::new();
     for round in 0..3 {
         let before = bench.bytes_below("state/spool");
@@ -73,11 +76,10 @@ fn what_was_spooled_outlives_the_sender() {
         }
         assert!(synced > 0);
         sender.kill_hard();
-        let _ = std::fs::remove_file(bench.path("log.sock"));
-        let _ = std::fs::remove_file(bench.path("stream.sock"));
+        // The files of both sockets stay behind, and must not keep the next start from binding.
         sender = bench.sender(&receiver, &arguments);
-        wait_for_socket(&bench, "log.sock");
-        wait_for_socket(&bench, "stream.sock");
+        wait_for_socket(&sender, "log.sock");
+        wait_for_socket(&sender, "stream.sock");
     }
     bench.wait_for_lines(expected.len());
     wait_until("receipted spool files are removed", PATIENCE, || {
@@ -92,7 +94,7 @@ fn a_stream_socket_takes_lines_and_counted_frames() {
     let bench = Bench::new();
     let receiver = bench.receiver();
     let mut sender = bench.sender(&receiver, &["--unix-stream", "log.sock", "--format", "raw"]);
-    wait_for_socket(&bench, "log.sock");
+    wait_for_socket(&sender, "log.sock");
     let mut plain = UnixStream::connect(bench.path("log.sock")).expect("connect");
     let mut counted = UnixStream::connect(bench.path("log.sock")).expect("connect");
     for number in 0..1000 {
@@ -136,4 +138,43 @@ fn standard_input_that_is_refused_fails_with_once() {
     let output = sender.wait_with_output().expect("ends");
     assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stderr));
     bench.assert_lines([]);
+}
+
+/// Something in the way of a socket, or no folder for it, costs nobody else anything, and is got over without a restart.
+#[test]
+fn a_socket_whose_place_is_not_fit_is_bound_once_it_is_mended() {
+    let bench = Bench::new();
+    let receiver = bench.receiver();
+    bench.write("file.log", lines("file", 100));
+    bench.write("stream.sock", "precious");
+    let arguments = ["file.log", "--unix-datagram", "run/log.sock", "--unix-stream", "stream.sock"];
+    let mut sender = bench.sender(&receiver, &arguments);
+    bench.wait_for_lines(100);
+    sender.wait_for_log(&format!("install -d -m 0755 {}", bench.path("run").display()));
+    sender.wait_for_log("exists and is not a socket: remove it, or name another path");
+
+    std::fs::create_dir(bench.path("run")).expect("a folder");
+    wait_for_socket(&sender, "log.sock");
+    datagrams(&bench, "run/log.sock", numbered("datagram", 100));
+    assert_eq!(std::fs::read(bench.path("stream.sock")).expect("a file"), b"precious");
+    std::fs::remove_file(bench.path("stream.sock")).expect("removed");
+    wait_for_socket(&sender, "stream.sock");
+    let mut stream = UnixStream::connect(bench.path("stream.sock")).expect("connect");
+    stream.write_all(lines("stream", 100).as_bytes()).expect("write");
+    drop(stream);
+    bench.wait_for_lines(300);
+    assert!(sender.stop().success());
+    bench.assert_lines(
+        ["file", "datagram", "stream"].into_iter().flat_map(|tag| numbered(tag, 100)),
+    );
+    assert!(!bench.path("run/log.sock").exists() && !bench.path("stream.sock").exists());
+}
+
+#[test]
+fn a_sender_stops_while_a_socket_waits_for_its_place() {
+    let bench = Bench::new();
+    let receiver = bench.receiver();
+    let mut sender = bench.sender(&receiver, &["--unix-datagram", "run/log.sock"]);
+    sender.wait_for_log("its directory is missing");
+    assert!(sender.stop().success());
 }
