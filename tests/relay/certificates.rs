@@ -1,12 +1,9 @@
-//! TLS: a certificate that is not right is named with its remedy, and costs no line; nginx in front may reload and
-//! restart while lines are on their way.
+//! TLS: a certificate that is not right is named with its remedy, and costs no line.
 
 use std::fs;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
 
-use crate::support::servers::{Nginx, free_port, root, wait_until};
+use crate::support::servers::{root, wait_until};
 use crate::support::store::{assert_lines, assert_slow_retries, wait_for_lines};
 use crate::support::waybill::{Bench, Certificates, PATIENCE, Process, Receiver, lines, waybill};
 
@@ -247,60 +244,4 @@ pub fn nginx_text(folder: &Path, port: u16) -> String {
         text = text.replace(from, &to);
     }
     format!("events {{}}\nhttp {{\n{text}}}\n")
-}
-
-#[test]
-fn lines_through_the_shipped_nginx_survive_its_reloads_and_restarts() {
-    const LINES: usize = 20_000;
-    let bench = Bench::new();
-    let folder = bench.path("");
-    Authority::new(&folder).sign(&folder, "localhost", |_| {});
-    bench.token("test");
-    let port = free_port();
-    let text = nginx_text(&folder, port);
-    let Some(mut nginx) = Nginx::start(&text) else {
-        return;
-    };
-    let mut command = waybill();
-    command.arg("receive").arg("--tokens").arg(bench.path("tokens.toml"));
-    command.arg("--listen").arg(format!("unix:{}", bench.path("receive.sock").display()));
-    command.arg("--store").arg(bench.path("store.sqlite"));
-    let receiver = Process::start("receiver", command, bench.path("receiver.log"));
-    receiver.wait_for_log("listening");
-
-    let arguments =
-        ["app.log", "--ca", &bench.path("trusted.pem").display().to_string()].map(str::to_owned);
-    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let url = format!("wss://localhost:{port}/");
-    let command = bench.send_command(&url, &arguments);
-    let written = lines("line", LINES);
-    bench.write("app.log", "");
-    let mut sender = Process::start("sender", command, bench.path("sender.log"));
-    let done = AtomicBool::new(false);
-    thread::scope(|scope| {
-        scope.spawn(|| {
-            // A piece at a time until the last restart is over, so that every disturbance meets lines on their way.
-            for piece in written.as_bytes().chunks(1_013) {
-                bench.append("app.log", piece);
-                if !done.load(Ordering::Relaxed) {
-                    thread::sleep(std::time::Duration::from_millis(10));
-                }
-            }
-        });
-        wait_until("first lines", PATIENCE, || !bench.messages().is_empty());
-        nginx.reload(&text);
-        let connections = || receiver.log().matches("sender connected").count();
-        let before = connections();
-        nginx.stop();
-        nginx.restart();
-        wait_until("the sender is back after a restart", PATIENCE, || connections() > before);
-        let before = connections();
-        nginx.kill_hard();
-        nginx.restart();
-        wait_until("the sender is back after a kill", PATIENCE, || connections() > before);
-        done.store(true, Ordering::Relaxed);
-    });
-    wait_for_lines(&bench, LINES);
-    assert_lines(&bench, "line", LINES);
-    assert!(sender.stop().success());
 }

@@ -26,6 +26,7 @@ mod metrics;
 mod migration;
 mod network;
 mod nginx;
+mod nginx_front;
 mod nginx_queue;
 mod package;
 mod parsing;

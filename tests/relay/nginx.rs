@@ -25,7 +25,7 @@ fn shipped(file: &str, changes: &[(&str, String)]) -> String {
 }
 
 /// The front for several receivers with certificates and sockets in `folder`.
-fn front(folder: &Path, port: u16) -> String {
+pub fn front(folder: &Path, port: u16) -> String {
     let at = |name: &str| folder.join(name).display().to_string();
     shipped(
         "receivers.conf",
@@ -41,7 +41,7 @@ fn front(folder: &Path, port: u16) -> String {
     )
 }
 
-fn http_block(text: &str) -> String {
+pub fn http_block(text: &str) -> String {
     format!("events {{}}\nhttp {{\n{text}\n}}\n")
 }
 
@@ -81,6 +81,13 @@ fn numbers(lines: impl Iterator<Item = String>) -> BTreeMap<u64, usize> {
     numbers
 }
 
+/// Waits until what was queued before is decided: the queue keeps its order.
+pub fn wait_for_the_queue(bench: &Bench, marker: &str) {
+    let client = UnixDatagram::unbound().expect("a socket");
+    client.send_to(format!("<13>{marker}").as_bytes(), bench.path("nginx.sock")).expect("send");
+    wait_until(marker, PATIENCE, || bench.messages().iter().any(|message| message == marker));
+}
+
 /// What nginx wrote into a file of its own at the same moment is what is stored: over a reload, a
 /// restart, and kills that may cut between its two writes of a line. Requests come in rounds that
 /// the socket's queue has room for, since nginx drops without a word what does not fit.
@@ -96,7 +103,8 @@ fn every_line_that_nginx_could_send_is_stored_once() {
     );
     let text = http_block(&format!(
         "{text}\naccess_log reference.log waybill;\n\
-         server {{ listen 127.0.0.1:{port}; location / {{ return 204; }} }}"
+         server {{ listen 127.0.0.1:{port}; location / {{ return 204; }}\n\
+         location /gone {{ root /nonexistent; }} }}"
     ));
     let arguments =
         ["--unix-datagram", "nginx.sock", "--type", "nginx", "--receipts", "receipts.jsonl"];
@@ -148,13 +156,23 @@ fn every_line_that_nginx_could_send_is_stored_once() {
         }
         stop.store(true, Ordering::Relaxed);
     });
+    // The error log shares the socket, which has room by now.
+    wait_for_the_queue(&bench, "all is read");
+    let gone = http(&format!("127.0.0.1:{port}"), "GET", "/gone", "text/plain", b"");
+    assert_eq!(gone.expect("an answer").0, 404);
     nginx.stop();
     let accepted = fs::read_to_string(&reference).expect("a log");
-    let accepted = numbers(accepted.lines().map(str::to_owned));
+    let accepted = numbers(accepted.lines().filter(|line| line.contains("/r/")).map(str::to_owned));
     assert!(sender.stop().success(), "drained");
+    let documents = bench.stored();
+    let errors: Vec<_> = documents
+        .iter()
+        .filter(|document| document["message"].to_string().contains("/nonexistent/gone"))
+        .collect();
+    assert_eq!(errors.len(), 1, "{errors:?}");
+    assert_eq!(errors[0]["log"]["level"], "error", "{}", errors[0]);
     let stored = numbers(
-        bench
-            .stored()
+        documents
             .iter()
             .map(|document| document["url"].to_string())
             .filter(|url| url.contains("/r/")),
@@ -173,9 +191,9 @@ fn every_line_that_nginx_could_send_is_stored_once() {
     assert!(missing + more <= kills, "{missing} missing, {more} more");
 }
 
-/// `waybill send` with descriptor 3 as a service manager passes it.
-fn activated(bench: &Bench, url: &str, socket: &UnixDatagram) -> Process {
-    let inner = bench.send_command(url, &["--unix-datagram", "kept.sock"]);
+/// `waybill send` on the socket NAME, with descriptor 3 as a service manager passes it.
+pub fn activated(bench: &Bench, url: &str, name: &str, socket: &UnixDatagram) -> Process {
+    let inner = bench.send_command(url, &["--unix-datagram", name]);
     let mut command = Command::new("/bin/sh");
     command.args(["-c", "LISTEN_PID=$$ LISTEN_FDS=1 exec \"$@\"", "sh"]);
     command.arg(inner.get_program()).args(inner.get_args());
@@ -214,14 +232,14 @@ fn the_queue_of_a_passed_socket_outlives_the_sender() {
         client
     });
     for _ in 0..4 {
-        let mut sender = activated(&bench, &receiver.url(), &socket);
+        let mut sender = activated(&bench, &receiver.url(), "kept.sock", &socket);
         sender.wait_for_log("taken from the service manager");
         thread::sleep(Duration::from_millis(100));
         assert!(sender.stop().success());
         assert!(bench.path("kept.sock").exists(), "the socket is another's");
         fs::remove_file(bench.path("activated.log")).expect("a fresh log");
     }
-    let mut sender = activated(&bench, &receiver.url(), &socket);
+    let mut sender = activated(&bench, &receiver.url(), "kept.sock", &socket);
     let client = writing.join().expect("all sent");
     wait_until("every line", PATIENCE, || bench.messages().len() >= LINES);
 
@@ -234,7 +252,7 @@ fn the_queue_of_a_passed_socket_outlives_the_sender() {
     }
     println!("{queued} datagrams queued while the sender was away");
     assert!(queued > 0);
-    let mut sender = activated(&bench, &receiver.url(), &socket);
+    let mut sender = activated(&bench, &receiver.url(), "kept.sock", &socket);
     wait_until("what was queued", PATIENCE, || bench.messages().len() >= LINES + queued);
     assert!(sender.stop().success());
     let mut messages = bench.messages();

@@ -199,8 +199,10 @@ fn shipped_nginx_and_syslog_ng_files_carry_a_request_into_the_tailed_file() {
         fs::read_to_string(root().join("nginx/access-log.conf")).expect("the shipped file");
     let shipped = replace(&shipped, "/run/waybill/", &format!("{}/", syslog_ng.folder().display()));
     let port = free_port();
-    let server =
-        format!("server {{ listen 127.0.0.1:{port}; location / {{ return 404 nothing; }} }}");
+    let server = format!(
+        "server {{ listen 127.0.0.1:{port}; location / {{ return 404 nothing; }}\n\
+         location /gone {{ root /nonexistent; }} }}"
+    );
     let Some(_nginx) = Nginx::start(&format!("events {{}}\nhttp {{\n{shipped}\n{server}\n}}\n"))
     else {
         return;
@@ -208,6 +210,10 @@ fn shipped_nginx_and_syslog_ng_files_carry_a_request_into_the_tailed_file() {
     let path = "/a%20path?q=%22quoted%22";
     let (status, _) =
         http(&format!("127.0.0.1:{port}"), "GET", path, "text/plain", b"").expect("an answer");
+    assert_eq!(status, 404);
+
+    let (status, _) =
+        http(&format!("127.0.0.1:{port}"), "GET", "/gone", "text/plain", b"").expect("an answer");
     assert_eq!(status, 404);
 
     let program = UnixDatagram::unbound().expect("a socket");
@@ -220,11 +226,11 @@ fn shipped_nginx_and_syslog_ng_files_carry_a_request_into_the_tailed_file() {
 
     let file = syslog_ng.folder().join("log/outgoing.log");
     let text = || fs::read_to_string(&file).unwrap_or_default();
-    wait_until("both lines in the tailed file", SOON, || text().lines().count() >= 2);
+    wait_until("all lines in the tailed file", SOON, || text().lines().count() >= 4);
     let text = text();
     let line = text
         .lines()
-        .find(|line| line.contains(" nginx "))
+        .find(|line| line.contains(" nginx ") && line.contains("%22quoted%22"))
         .unwrap_or_else(|| panic!("no nginx line in:\n{text}"));
     let document = &line[line.find('{').unwrap_or_else(|| panic!("no JSON in: {line}"))..];
     let document: Value =
@@ -242,6 +248,9 @@ fn shipped_nginx_and_syslog_ng_files_carry_a_request_into_the_tailed_file() {
     for key in ["referrer", "user_agent"] {
         assert_eq!(document[key], "", "{key}: {document}");
     }
+    // local7.err, as nginx's error log has it.
+    let error = |line: &str| line.starts_with("<187>1 ") && line.contains("\"/nonexistent/gone\"");
+    assert_eq!(text.lines().filter(|line| error(line)).count(), 1, "{text}");
     assert!(
         text.lines()
             .any(|line| line.starts_with("<14>1 ") && line.ends_with(" worker 77 - - job done")),
