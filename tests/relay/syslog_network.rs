@@ -381,16 +381,19 @@ fn what_the_kernel_drops_of_udp_is_counted_to_the_last_datagram() {
     client.connect(("127.0.0.1", port)).expect("connect");
     sender.freeze();
     for number in 0..SENT {
-        let line = format!("<13>Nov 21 08:00:00 host app: line {number}");
+        let line = format!("{:x<200}", format!("<13>Nov 21 08:00:00 host app: line {number} "));
         assert_eq!(client.send(line.as_bytes()).expect("loopback takes all"), line.len());
     }
     sender.signal("-CONT");
     sender.wait_for_log("the kernel dropped datagrams");
     let lost = sum_of(&sender.log(), "lost");
-    assert!(lost > 0 && lost < SENT, "{lost} lost");
+    // docs/sources.md has 102; what the kernel charges for its bookkeeping varies.
+    assert!((51..=204).contains(&(SENT - lost)), "{lost} lost of {SENT}");
     let stored = wait_for_stored(&bench, usize::try_from(SENT - lost).expect("a few"));
     // The kernel keeps what came first.
-    assert!(stored.iter().any(|hit| hit["message"] == "line 0"));
+    let first =
+        |hit: &Value| hit["message"].as_str().is_some_and(|text| text.starts_with("line 0 "));
+    assert!(stored.iter().any(first));
     let sample = format!("waybill_dropped_datagrams_total{{source=\"udp:127.0.0.1:{port}\"}}");
     assert_eq!(Scrape::of(metrics).get(&sample), lost as f64);
     assert!(sender.stop().success());
