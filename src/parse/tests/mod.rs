@@ -365,7 +365,7 @@ fn nginx_error_logs_have_a_level() {
     assert_eq!(made["log"]["level"], "error");
     assert_eq!(made["process"], json!({ "name": "nginx", "pid": 123 }));
     // syslog-ng tells the zone, which counts.
-    let made = document(&format!("<187>1 2026-11-21T08:17:01+01:00 web1 nginx - - - {line}"));
+    let made = document(format!("<187>1 2026-11-21T08:17:01+01:00 web1 nginx - - - {line}"));
     assert_eq!(made["@timestamp"], "2026-11-21T07:17:01.000Z");
     assert_eq!(made["log"]["level"], "error");
 }
