@@ -4,6 +4,7 @@
 use std::fs;
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -210,10 +211,11 @@ fn the_shipped_units_are_sound_and_confined_as_the_readme_says() {
         bench.write(name, text.replace("/usr/bin/waybill", env!("CARGO_BIN_EXE_waybill")));
     }
     bench.write(SOCKET, shipped(SOCKET));
-    for name in [SENDER, RECEIVER, SOCKET] {
+    let is_sound = |name: &str| {
         let said = analyze(&bench, name, VERIFY).ok().stderr;
         assert!(said.trim().is_empty(), "{name}: {said}");
-    }
+    };
+    [SENDER, RECEIVER, SOCKET].into_iter().for_each(is_sound);
 
     let readme = fs::read_to_string(root().join("README.md")).expect("the README");
     let scores = readme.split_once("(`systemd-analyze security`: ").expect("the scores").1;
@@ -226,6 +228,18 @@ fn the_shipped_units_are_sound_and_confined_as_the_readme_says() {
         let level = rest.split_whitespace().find_map(|word| word.parse::<f64>().ok());
         let level = level.unwrap_or_else(|| panic!("{table}"));
         assert!(level <= bound, "{name}: {level}\n{table}");
+    }
+
+    // So are they with the lines that stand there as comments.
+    for name in [SENDER, RECEIVER] {
+        let program = env!("CARGO_BIN_EXE_waybill");
+        let text = shipped(name).replace("/usr/bin/waybill", program);
+        let text =
+            ["ExecStart=", "LoadCredential=", "Environment="].iter().fold(text, |text, setting| {
+                text.replace(&format!("\n#{setting}"), &format!("\n{setting}"))
+            });
+        bench.write(name, text);
+        is_sound(name);
     }
 
     // It does look: a word that it does not know is told.
@@ -304,7 +318,7 @@ fn the_shipped_services_pass_a_line_with_every_secret_as_a_credential() {
     );
     bench.append("app.log", "a line too\n");
     let own = ["LoadCredential=token:", "Environment=WAYBILL_TOKEN_FILE="];
-    let unit = with_lines(SENDER, &["tls-key"]);
+    let unit = with_lines(SENDER, &["chain-key", "tls-key"]);
     let unit = own.iter().fold(unit, |unit, line| unit.replace(line, &format!("#{line}")));
     let mut sender = Process::start("sender", service(&bench, &unit), bench.path("listening.log"));
     let command = service(&bench, &with_lines(RECEIVER, &["dial-token"]));
@@ -336,6 +350,7 @@ fn service(bench: &Bench, unit: &str) -> Command {
     for credential in values(&unit, "LoadCredential") {
         let (name, from) = credential.split_once(':').expect("a name and a path");
         fs::copy(from, folder.join(name)).expect("copied");
+        fs::set_permissions(folder.join(name), PermissionsExt::from_mode(0o400)).expect("chmod");
     }
     let credentials = folder.display().to_string();
     let line = values(&unit, "ExecStart").pop().expect("a command").replace("%d", &credentials);
