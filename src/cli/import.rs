@@ -49,7 +49,7 @@ pub struct Import {
     pub settings: Settings,
 
     /// Where positions lie, the same as for 'send' [default: $STATE_DIRECTORY, else /var/lib/waybill
-    /// for root, else ~/.local/state/waybill]
+    /// for root and its owner, else ~/.local/state/waybill]
     #[arg(long, value_name = "DIR", help_heading = "State")]
     pub state_dir: Option<PathBuf>,
 

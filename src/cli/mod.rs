@@ -219,7 +219,7 @@ pub struct Send {
     pub metrics: Option<SocketAddr>,
 
     /// Where positions and the spool lie [default: $STATE_DIRECTORY, else /var/lib/waybill for
-    /// root, else ~/.local/state/waybill]
+    /// root and its owner, else ~/.local/state/waybill]
     #[arg(long, value_name = "DIR", help_heading = "State")]
     pub state_dir: Option<PathBuf>,
     /// Most that the spool of sockets may hold; then they are not read [default: 1GiB]
@@ -363,7 +363,7 @@ pub struct Receive {
     pub dead_letter_index: Option<String>,
 
     /// SQLite file of the embedded store [default: store.sqlite in $STATE_DIRECTORY, else in
-    /// /var/lib/waybill for root, else in ~/.local/state/waybill]
+    /// /var/lib/waybill for root and its owner, else in ~/.local/state/waybill]
     #[arg(long, value_name = "FILE", help_heading = "Embedded store")]
     pub store: Option<PathBuf>,
     /// Delete lines that arrived more than this many days ago

@@ -12,7 +12,10 @@ pub mod send;
 pub mod setup;
 pub mod token;
 
+use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
 use std::time::SystemTime;
 
 use anyhow::Context;
@@ -21,9 +24,11 @@ use tracing::warn;
 
 use crate::cli::{self, Cli, Command};
 use crate::config::{
-    ConfigError, Environment, Loaded, LogConfig, default_store, load_elasticsearch, load_receive,
+    ConfigError, DestinationConfig, Environment, Loaded, LogConfig, default_store,
+    load_elasticsearch, load_receive,
 };
 use crate::exit::Exit;
+use crate::record::escape_path;
 use crate::search::{QueryError, SearchArgs, SearchTarget};
 use crate::tokens::{ChainTerm, Terms};
 use crate::{descriptors, shutdown, systemd, telemetry, tls};
@@ -57,6 +62,9 @@ async fn receive(args: cli::Receive, environment: Environment) -> anyhow::Result
     let loaded = load_receive(layer.clone(), file.as_deref(), &environment)?;
     let log = loaded.log;
     let config = begin(loaded);
+    if let DestinationConfig::Embedded(store) = &config.destination {
+        refuse_for_another_user(store.file.parent().unwrap_or(Path::new("/")))?;
+    }
     let shutdown = shutdown::install();
     systemd::accompany(&shutdown);
     let load = || Ok(take(load_receive(layer.clone(), file.as_deref(), &environment)?, log));
@@ -132,6 +140,21 @@ fn take<T>(loaded: Loaded<T>, log: LogConfig) -> T {
         warn!("log_level and log_format stay as they are until the next start");
     }
     loaded.config
+}
+
+/// Refuses to work as root in a folder of another user: a service that runs as that user could not
+/// open afterwards what root left there.
+fn refuse_for_another_user(folder: &Path) -> anyhow::Result<()> {
+    let owner = fs::metadata(folder).map_or(0, |metadata| metadata.uid());
+    if rustix::process::geteuid().is_root() && owner != 0 {
+        let folder = escape_path(folder);
+        anyhow::bail!(
+            "{folder} belongs to user {owner}, who could not open what root leaves there: run this \
+             as that user, with runuser -u \"$(stat -c %U {folder})\" --, or give root a folder of \
+             its own"
+        );
+    }
+    Ok(())
 }
 
 /// Runs a command's future to its end.

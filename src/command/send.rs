@@ -23,6 +23,7 @@ pub async fn run(args: cli::Send, environment: Environment) -> anyhow::Result<Ex
     let log = loaded.log;
     let mut config = super::begin(loaded);
     let once = config.once;
+    super::refuse_for_another_user(&config.state_dir)?;
     let shutdown = shutdown::install();
     systemd::accompany(&shutdown);
     let mut sender = Sender::open(&config, &shutdown)?;

@@ -2,9 +2,13 @@
 
 use std::ffi::OsString;
 use std::io::IsTerminal;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use jiff::tz::TimeZone;
+
+/// Where the service keeps its state.
+const SYSTEM_STATE: &str = "/var/lib/waybill";
 
 /// The surroundings of a process.
 #[derive(Clone, Debug, Default)]
@@ -23,8 +27,8 @@ pub struct Environment {
     pub all_proxy: Option<String>,
     /// `$NO_PROXY` or `$no_proxy`.
     pub no_proxy: Option<String>,
-    /// The effective user is root.
-    pub is_root: bool,
+    /// The effective user is root, or the one to whom `/var/lib/waybill` belongs.
+    pub is_system: bool,
     /// Where relative paths of the command line start.
     pub current_dir: PathBuf,
     /// The machine's time zone, an IANA name, where it can be told.
@@ -50,7 +54,7 @@ impl Environment {
             state_directory: set("STATE_DIRECTORY"),
             xdg_state_home: set("XDG_STATE_HOME"),
             home: set("HOME"),
-            is_root: rustix::process::geteuid().is_root(),
+            is_system: is_system(),
             current_dir: std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/")),
             timezone: TimeZone::system().iana_name().map(str::to_owned),
             stdout_is_terminal: std::io::stdout().is_terminal(),
@@ -59,8 +63,8 @@ impl Environment {
     }
 
     /// Where state lies unless it is configured: `$STATE_DIRECTORY`, else `/var/lib/waybill` for
-    /// root, else `$XDG_STATE_HOME/waybill`, else `~/.local/state/waybill`. `None` where a user has
-    /// neither.
+    /// root and for its owner, else `$XDG_STATE_HOME/waybill`, else `~/.local/state/waybill`. `None`
+    /// where a user has neither.
     pub fn default_state_dir(&self) -> Option<PathBuf> {
         use std::os::unix::ffi::{OsStrExt, OsStringExt};
         if let Some(list) = &self.state_directory {
@@ -70,8 +74,8 @@ impl Environment {
                 return Some(first);
             }
         }
-        if self.is_root {
-            return Some(PathBuf::from("/var/lib/waybill"));
+        if self.is_system {
+            return Some(PathBuf::from(SYSTEM_STATE));
         }
         // The XDG specification says that a relative path there is to be ignored.
         let xdg = self.xdg_state_home.as_ref().map(Path::new).filter(|path| path.is_absolute());
@@ -80,6 +84,12 @@ impl Environment {
             .or_else(|| home.map(|home| home.join(".local/state")))
             .map(|base| base.join("waybill"))
     }
+}
+
+fn is_system() -> bool {
+    let user = rustix::process::geteuid();
+    user.is_root()
+        || std::fs::metadata(SYSTEM_STATE).is_ok_and(|folder| folder.uid() == user.as_raw())
 }
 
 #[cfg(test)]
@@ -92,13 +102,13 @@ mod tests {
             state_directory: Some("/srv/state:/srv/other".into()),
             xdg_state_home: Some("/xdg".into()),
             home: Some("/home/me".into()),
-            is_root: true,
+            is_system: true,
             ..Environment::default()
         };
         assert_eq!(env.default_state_dir(), Some(PathBuf::from("/srv/state")));
         env.state_directory = None;
         assert_eq!(env.default_state_dir(), Some(PathBuf::from("/var/lib/waybill")));
-        env.is_root = false;
+        env.is_system = false;
         assert_eq!(env.default_state_dir(), Some(PathBuf::from("/xdg/waybill")));
         env.xdg_state_home = Some("relative".into());
         assert_eq!(env.default_state_dir(), Some(PathBuf::from("/home/me/.local/state/waybill")));

@@ -36,6 +36,9 @@ const TOKEN_PREFIX: &str = "wb_";
 /// Mode of a new tokens file: its owner alone.
 const FILE_MODE: u32 = 0o600;
 
+/// Mode of one that a service's group reads.
+const SERVICE_MODE: u32 = 0o640;
+
 /// What those who are neither owner nor group may do: nothing, once the file holds a secret.
 const OTHERS: u32 = 0o007;
 
@@ -395,12 +398,29 @@ fn replace(file: &Path, folder: &Path, tokens: &Tokens) -> io::Result<()> {
             fresh.as_file().set_permissions(std::fs::Permissions::from_mode(mode))?;
         }
         Err(_) => {
-            fresh.as_file().set_permissions(std::fs::Permissions::from_mode(FILE_MODE))?;
+            let mode = match service_group(folder)? {
+                Some(group) => {
+                    std::os::unix::fs::fchown(fresh.as_file(), None, Some(group))?;
+                    SERVICE_MODE
+                }
+                None => FILE_MODE,
+            };
+            fresh.as_file().set_permissions(std::fs::Permissions::from_mode(mode))?;
         }
     }
     fresh.as_file().sync_all()?;
     fresh.persist(file).map_err(|error| error.error)?;
     Ok(())
+}
+
+/// The group that reads what root puts into this folder, where it is another's than root's and the folder is closed
+/// to all others: that of the service, as the package makes /etc/waybill.
+fn service_group(folder: &Path) -> io::Result<Option<u32>> {
+    const GROUP_READS: u32 = 0o050;
+    let folder = std::fs::metadata(folder)?;
+    let is_closed = folder.mode() & OTHERS == 0 && folder.mode() & GROUP_READS == GROUP_READS;
+    let is_service = rustix::process::geteuid().is_root() && folder.gid() != 0 && is_closed;
+    Ok(is_service.then(|| folder.gid()))
 }
 
 mod hexadecimal {

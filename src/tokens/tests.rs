@@ -118,3 +118,24 @@ fn concurrent_edits_lose_no_entry() {
     });
     assert_eq!(Tokens::load(&file).expect("load").entries().len(), 8);
 }
+
+/// What root makes in the folder of a service, the service reads; elsewhere nobody else does.
+#[test]
+fn a_new_file_of_root_takes_the_group_of_a_closed_folder() {
+    const GROUP: u32 = 4711;
+    if !rustix::process::geteuid().is_root() {
+        println!("skipped: only root gives a folder to another group");
+        return;
+    }
+    for (folder_mode, group, mode) in
+        [(0o750, GROUP, SERVICE_MODE), (0o755, 0, FILE_MODE), (0o710, 0, FILE_MODE)]
+    {
+        let (dir, file) = file();
+        std::os::unix::fs::chown(dir.path(), None, Some(GROUP)).expect("chown");
+        let permissions = std::fs::Permissions::from_mode(folder_mode);
+        std::fs::set_permissions(dir.path(), permissions).expect("chmod");
+        mint(&file, "web-1", Terms::default()).expect("mint");
+        let made = std::fs::metadata(&file).expect("meta");
+        assert_eq!((made.mode() & 0o777, made.gid()), (mode, group), "{folder_mode:o}");
+    }
+}

@@ -9,6 +9,7 @@ use crate::package::package;
 use crate::support::host::Host;
 use crate::support::servers::{have, root, wait_until};
 use crate::support::waybill::{Bench, Certificates, Finished, PATIENCE, Process};
+use crate::systemd::{RECEIVER, SENDER, shipped, value, values};
 
 /// The README's commands with the machine that each is for.
 fn steps() -> Vec<(String, String)> {
@@ -19,8 +20,50 @@ fn steps() -> Vec<(String, String)> {
         .map(|line| line.split_once("# ").expect("HOST# COMMAND"))
         .map(|(host, command)| (host.to_owned(), command.to_owned()))
         .collect();
-    assert_eq!(steps.len(), 6);
+    // After the package, four commands.
+    let (packages, commands) = steps.split_at(2);
+    assert!(packages.iter().all(|(_, command)| command.starts_with("dpkg -i ")), "{packages:?}");
+    assert_eq!(commands.len(), 4, "{commands:?}");
+    assert!(text.contains("after `dpkg -i` on both, four commands"));
     steps
+}
+
+/// What systemd runs for a shipped unit, as its user and with its credentials, folder and variables.
+fn unit(host: &Host, name: &str) -> String {
+    let unit = shipped(name);
+    let user = value(&unit, "User");
+    let folder = format!("/run/credentials/{name}");
+    host.ok(&format!("install -d -o {user} -m 500 {folder}"));
+    for credential in values(&unit, "LoadCredential") {
+        let (name, from) = credential.split_once(':').expect("a name and a path");
+        host.ok(&format!("install -o {user} -m 400 {from} {folder}/{name}"));
+    }
+    let state = value(&unit, "StateDirectory");
+    let mut variables = format!("STATE_DIRECTORY=/var/lib/{state}");
+    for setting in values(&unit, "Environment") {
+        variables += &format!(" {}", setting.replace("%d", &folder));
+    }
+    let group = value(&unit, "Group");
+    let groups = [vec![group.clone()], values(&unit, "SupplementaryGroups")].concat().join(",");
+    let command = value(&unit, "ExecStart");
+    // Not by runuser, which stays in between: signals are the service's.
+    format!("setpriv --reuid {user} --regid {group} --groups {groups} env {variables} {command}")
+}
+
+/// runuser hands a SIGTERM on and ends by it; killed, it would leave its child behind.
+struct ByRunuser(Process);
+
+impl Drop for ByRunuser {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
+}
+
+/// Settings in the file that the package has put there.
+fn configure(host: &Host, side: &str, text: &str) {
+    let file = format!("/etc/waybill/{side}.toml");
+    host.run_with(&format!("cat > {file}"), text).ok();
+    assert_eq!(host.ok(&format!("stat -c '%a %U:%G' {file}")), "640 root:waybill\n");
 }
 
 #[test]
@@ -39,19 +82,20 @@ fn two_machines_get_from_the_package_to_the_first_receipt_as_the_readme_says() {
     // What dpkg did on this machine before is no part of the test.
     web.ok("true > /var/log/dpkg.log");
     // The authority is one that the sender's machine trusts.
-    let prelude = "cd /mnt; export SSL_CERT_FILE=/mnt/ca.pem; ";
+    let prelude = "cd /mnt; export SSL_CERT_FILE=/tmp/ca.pem; ";
+    web.ok("install -m 644 /mnt/ca.pem /tmp/ca.pem");
 
-    let mut running: Option<Process> = None;
+    let mut running: Option<ByRunuser> = None;
     let mut token = String::new();
     let mut last = String::new();
     for (host, command) in steps() {
         let command = command.replace("waybill_0.1.0-1_amd64.deb", name);
         let host = if host == "logs" { &logs } else { &web };
         if let Some(command) = command.strip_suffix(" &") {
-            let script = format!("env --chdir=/mnt {command}");
-            let receiver = host.start_process("receiver", &script, &bench.path("receiver.log"));
+            logs.ok("install -g waybill -m 640 /mnt/chain.pem /mnt/key.pem /etc/waybill");
+            let receiver = host.start_process("receiver", command, &bench.path("receiver.log"));
             receiver.wait_for_log(" listening");
-            running = Some(receiver);
+            running = Some(ByRunuser(receiver));
             continue;
         }
         let done = host.run_with(&format!("{prelude}{command}"), &token).ok();
@@ -64,13 +108,54 @@ fn two_machines_get_from_the_package_to_the_first_receipt_as_the_readme_says() {
     assert!(written > 0, "dpkg logged nothing");
     assert_eq!(last.lines().count(), written, "{last}");
     assert!(last.lines().all(|line| line.contains("\"verdict\":\"stored\"")), "{last}");
-    let found = logs.ok("waybill search --limit 10000 'status installed waybill'");
-    assert!(found.contains("/var/log/dpkg.log"), "{found}");
+    let search = |words: &str| {
+        let script = format!("runuser -u waybill -- waybill search --limit 10000 '{words}'");
+        // Nothing found is no success.
+        logs.run(&script).stdout
+    };
+    assert!(search("status installed waybill").contains("/var/log/dpkg.log"));
     // And what `check` says there.
-    let check = "waybill check send /var/log/dpkg.log --to wss://logs.example.com/ --token-file /etc/waybill/token";
-    let said = web.ok(&format!("{prelude}{check}"));
+    let to = "--to wss://logs.example.com:8443/ --token-file /etc/waybill/token";
+    let said = web.ok(&format!("{prelude}waybill check send /var/log/dpkg.log {to}"));
     assert!(said.contains("ok    token "), "{said}");
+
+    // Root itself takes nothing away from the service.
+    let root = web.run(&format!("{prelude}waybill send /var/log/dpkg.log --once {to}"));
+    assert_eq!(root.status.code(), Some(1), "{}", root.stderr);
+    assert!(root.stderr.contains("/var/lib/waybill belongs to user "), "{}", root.stderr);
+    let tokens = "--tokens /etc/waybill/tokens.toml";
+    let root = logs.run(&format!("waybill receive --listen 127.0.0.1:0 {tokens}"));
+    assert!(root.stderr.contains("/var/lib/waybill belongs to user "), "{}", root.stderr);
+    for host in [&logs, &web] {
+        assert_eq!(host.ok("find /var/lib/waybill ! -user waybill"), "");
+    }
+
+    // The services go on where the commands ended.
     drop(running);
+    configure(
+        &logs,
+        "receive",
+        "listen = '0.0.0.0:8443'\ntls_cert = 'chain.pem'\ntls_key = 'key.pem'\ntokens = 'tokens.toml'\n",
+    );
+    configure(
+        &web,
+        "send",
+        "to = ['wss://logs.example.com:8443/']\n[[source]]\nfiles = '/var/log/dpkg.log'\n",
+    );
+    let log = bench.path("receive-service.log");
+    let mut receiver = logs.start_process(RECEIVER, &unit(&logs, RECEIVER), &log);
+    receiver.wait_for_log(" listening");
+    let script = format!("env SSL_CERT_FILE=/tmp/ca.pem {}", unit(&web, SENDER));
+    let mut sender = web.start_process(SENDER, &script, &bench.path("send-service.log"));
+    web.ok("echo 'from the service' >> /var/log/dpkg.log");
+    wait_until("the service's line is stored", PATIENCE, || {
+        search("from the service").lines().count() == 1
+    });
+    assert!(sender.stop().success());
+    assert!(receiver.stop().success());
+    // What had its receipt before was not sent again.
+    assert!(sender.log().contains("stored=1 already=0"), "{}", sender.log());
+    assert_eq!(search("").lines().count(), written + 1);
 }
 
 /// A machine with Debian's sshd on a port of its own, which root may enter with the key of the bench.

@@ -15,6 +15,7 @@ mod descriptors;
 mod dialled;
 mod disk;
 mod elasticsearch;
+mod examples;
 mod files;
 mod files_model;
 mod fleet;

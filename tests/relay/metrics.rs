@@ -225,6 +225,23 @@ fn named(text: &str) -> BTreeSet<&str> {
     words.filter(|word| word.starts_with("waybill_")).collect()
 }
 
+/// Each expression of a dashboard's panels as a recording rule, with a value for Grafana's variables.
+fn expressions(board: &Value) -> Vec<Value> {
+    let panels = board["panels"].as_array().expect("panels").iter();
+    let targets = panels.flat_map(|panel| panel["targets"].as_array().expect("targets"));
+    let rule = |(number, target): (usize, &Value)| {
+        let expression = target["expr"].as_str().expect("an expression");
+        let expression = expression
+            .replace("$__rate_interval", "5m")
+            .replace("$__range", "1h")
+            .replace("$job", ".*")
+            .replace("$instance", ".*");
+        assert!(!expression.contains('$'), "{expression}");
+        serde_json::json!({"record": format!("panel:{number}"), "expr": expression})
+    };
+    targets.enumerate().map(rule).collect()
+}
+
 #[test]
 fn promtool_takes_the_pages_and_what_is_shipped_names_only_what_is_on_them() {
     let bench = Bench::new();
@@ -284,5 +301,19 @@ fn promtool_takes_the_pages_and_what_is_shipped_names_only_what_is_on_them() {
         let finished = run(command);
         assert!(finished.status.success(), "{}\n{}", finished.stdout, finished.stderr);
     }
+    let check = |rules: &[Value]| {
+        let groups = serde_json::json!({"groups": [{"name": "board", "rules": rules}]});
+        let file = bench.write("board.rules.yml", groups.to_string()).display().to_string();
+        run(promtool(&["check", "rules", &file]).expect("as before"))
+    };
+    let mut rules = expressions(&board);
+    assert!(rules.len() > 8, "{rules:?}");
+    let checked = check(&rules);
+    let found = format!("SUCCESS: {} rules found", rules.len());
+    assert!(checked.stdout.contains(&found), "{}\n{}", checked.stdout, checked.stderr);
+    // It does look.
+    rules
+        .push(serde_json::json!({"record": "broken", "expr": "sum by (job (waybill_lines_total)"}));
+    assert!(!check(&rules).status.success());
     assert!(sender.stop().success());
 }

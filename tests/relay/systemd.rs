@@ -4,6 +4,7 @@
 use std::fs;
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -12,11 +13,13 @@ use std::time::Duration;
 
 use super::support::servers::{free_port, have, root, wait_until};
 use super::support::store::run;
-use super::support::waybill::{Bench, Finished, PATIENCE, Process, Receiver, waybill};
+use super::support::waybill::{
+    Bench, Certificates, Finished, PATIENCE, Process, Receiver, waybill,
+};
 
 const SOCKET: &str = "waybill-send.socket";
-const SENDER: &str = "waybill-send.service";
-const RECEIVER: &str = "waybill-receive.service";
+pub const SENDER: &str = "waybill-send.service";
+pub const RECEIVER: &str = "waybill-receive.service";
 
 /// The service manager's end of `NOTIFY_SOCKET`.
 struct Manager {
@@ -86,9 +89,13 @@ fn receiver(bench: &Bench, port: u16) -> Process {
     Process::start("receiver", command, bench.path("receiver.log"))
 }
 
-/// A reload is begun with the time that `Type=notify-reload` compares, and over before anything else.
-fn reload(manager: &Manager, process: &Process, said: &str) {
-    process.signal("-HUP");
+/// A reload by the shipped unit's command is begun with the time that `Type=notify-reload` compares, and over before
+/// anything else.
+fn reload(manager: &Manager, process: &Process, unit: &str, said: &str) {
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", &value(&shipped(unit), "ExecReload")]);
+    command.env("MAINPID", process.id().to_string());
+    run(command).ok();
     let begun = manager.hear_news();
     let time = begun.strip_prefix("RELOADING=1\nMONOTONIC_USEC=").expect(&begun);
     let time: u64 = time.parse().expect("microseconds");
@@ -108,11 +115,11 @@ fn a_sender_says_when_it_is_ready_reloads_and_stops() {
     assert_eq!(manager.hear(), "READY=1");
     assert!(bench.path("log.sock").exists(), "ready before its sockets are bound");
     assert!(bench.path("state/rows").exists(), "ready before its state is open");
-    reload(&manager, &sender, "the configuration has not changed");
+    reload(&manager, &sender, SENDER, "the configuration has not changed");
     bench.write("send.toml", "[[source]]\nunix_datagram = 'log.sock'\ntags = ['new']\n");
-    reload(&manager, &sender, "the changed configuration is in force");
+    reload(&manager, &sender, SENDER, "the changed configuration is in force");
     bench.write("send.toml", "[[source]]\nunix_datagramm = 'log.sock'\n");
-    reload(&manager, &sender, "the changed configuration is refused");
+    reload(&manager, &sender, SENDER, "the changed configuration is refused");
     assert!(sender.log().contains("send.toml:2"), "{}", sender.log());
     sender.signal("-TERM");
     assert_eq!(manager.hear(), "STOPPING=1");
@@ -128,9 +135,9 @@ fn a_receiver_says_when_it_is_ready_reloads_and_stops() {
     assert_eq!(manager.hear(), "READY=1");
     std::net::TcpStream::connect(("127.0.0.1", port)).expect("ready before it listens");
     bench.write("receive.toml", format!("listen = '127.0.0.1:{port}'\ncredit = '16MiB'\n"));
-    reload(&manager, &receiver, "the changed configuration is in force");
+    reload(&manager, &receiver, RECEIVER, "the changed configuration is in force");
     bench.write("receive.toml", format!("listen = '127.0.0.1:{port}'\ncredit = 'much'\n"));
-    reload(&manager, &receiver, "the changed configuration is refused");
+    reload(&manager, &receiver, RECEIVER, "the changed configuration is refused");
     receiver.signal("-TERM");
     assert_eq!(manager.hear(), "STOPPING=1");
     assert!(receiver.wait().success());
@@ -166,17 +173,17 @@ fn the_watchdog_is_fed_as_long_as_the_process_runs() {
 
 // --- The shipped units -----------------------------------------------------------------------------------------------
 
-fn shipped(name: &str) -> String {
+pub fn shipped(name: &str) -> String {
     fs::read_to_string(root().join("docs/examples/systemd").join(name)).expect("the shipped file")
 }
 
 /// The values of a setting, in order.
-fn values(unit: &str, setting: &str) -> Vec<String> {
+pub fn values(unit: &str, setting: &str) -> Vec<String> {
     let start = format!("{setting}=");
     unit.lines().filter_map(|line| line.strip_prefix(&start)).map(str::to_owned).collect()
 }
 
-fn value(unit: &str, setting: &str) -> String {
+pub fn value(unit: &str, setting: &str) -> String {
     let mut values = values(unit, setting);
     assert_eq!(values.len(), 1, "{setting}: {values:?}");
     values.remove(0)
@@ -204,10 +211,11 @@ fn the_shipped_units_are_sound_and_confined_as_the_readme_says() {
         bench.write(name, text.replace("/usr/bin/waybill", env!("CARGO_BIN_EXE_waybill")));
     }
     bench.write(SOCKET, shipped(SOCKET));
-    for name in [SENDER, RECEIVER, SOCKET] {
+    let is_sound = |name: &str| {
         let said = analyze(&bench, name, VERIFY).ok().stderr;
         assert!(said.trim().is_empty(), "{name}: {said}");
-    }
+    };
+    [SENDER, RECEIVER, SOCKET].into_iter().for_each(is_sound);
 
     let readme = fs::read_to_string(root().join("README.md")).expect("the README");
     let scores = readme.split_once("(`systemd-analyze security`: ").expect("the scores").1;
@@ -222,10 +230,102 @@ fn the_shipped_units_are_sound_and_confined_as_the_readme_says() {
         assert!(level <= bound, "{name}: {level}\n{table}");
     }
 
+    // So are they with the lines that stand there as comments.
+    for name in [SENDER, RECEIVER] {
+        let program = env!("CARGO_BIN_EXE_waybill");
+        let text = shipped(name).replace("/usr/bin/waybill", program);
+        let text =
+            ["ExecStart=", "LoadCredential=", "Environment="].iter().fold(text, |text, setting| {
+                text.replace(&format!("\n#{setting}"), &format!("\n{setting}"))
+            });
+        bench.write(name, text);
+        is_sound(name);
+    }
+
     // It does look: a word that it does not know is told.
     bench.write(SOCKET, shipped(SOCKET).replace("SocketMode=", "SocketMood="));
     let said = analyze(&bench, SOCKET, VERIFY).stderr;
     assert!(said.contains("SocketMood"), "{said:?}");
+}
+
+#[test]
+fn the_shipped_services_notify_are_watched_and_reloaded() {
+    for name in [SENDER, RECEIVER] {
+        let unit = shipped(name);
+        for (setting, expected) in
+            [("Type", "notify"), ("ExecReload", "/bin/kill -HUP $MAINPID"), ("WatchdogSec", "60")]
+        {
+            assert_eq!(value(&unit, setting), expected, "{setting} of {name}");
+        }
+    }
+}
+
+/// Both units as they are shipped, with the secrets whose lines stand there as comments.
+#[test]
+fn the_shipped_services_pass_a_line_with_every_secret_as_a_credential() {
+    let bench = Bench::new();
+    let manager = Manager::new(&bench);
+    let port = free_port();
+    let paths = Certificates::make(&bench.path(""));
+    fs::copy(&paths.certificate, bench.path("chain.pem")).expect("copied");
+    fs::rename(&paths.certificate, bench.path("client.pem")).expect("renamed");
+    fs::copy(&paths.key, bench.path("client.key")).expect("copied");
+    fs::rename(&paths.key, bench.path("tls-key.pem")).expect("renamed");
+    let mut token = waybill();
+    token.args(["token", "web-1", "--tokens"]).arg(bench.path("tokens.toml"));
+    token.arg("--certificate").arg(bench.path("client.pem"));
+    token.arg("--chain-key").arg(bench.path("chain.key"));
+    bench.write("token", run(token).ok().stdout);
+    bench.write(
+        "receive.toml",
+        format!("listen = '127.0.0.1:{port}'\ntokens = 'tokens.toml'\nclient_ca = 'ca.pem'\n"),
+    );
+    let mut command = service(&bench, &with_lines(RECEIVER, &["tls-key"]));
+    Manager::watch(&bench, &mut command);
+    let mut receiver = Process::start("receiver", command, bench.path("receiver.log"));
+    assert_eq!(manager.hear(), "READY=1");
+
+    bench.write(
+        "send.toml",
+        format!("to = ['wss://localhost:{port}/']\nca = 'ca.pem'\n[[source]]\nfiles = 'app.log'\n"),
+    );
+    bench.write("app.log", "a line\n");
+    let command = service(&bench, &with_lines(SENDER, &["chain-key", "client-key"]));
+    let mut sender = Process::start("sender", command, bench.path("sender.log"));
+    let search = || {
+        let mut search = waybill();
+        search.args(["search", "a line", "--store"]).arg(bench.path("state/store.sqlite"));
+        run(search).stdout
+    };
+    wait_until("the line is stored", PATIENCE, || search().ends_with("a line\n"));
+    assert!(sender.stop().success());
+    assert!(receiver.stop().success());
+
+    // The other way round: the sender's own certificate, and the token of a receiver that dials.
+    let mut token = waybill();
+    token.args(["token", "central", "--tokens"]).arg(bench.path("receivers.toml"));
+    bench.write("dial-token", run(token).ok().stdout);
+    bench.write(
+        "send.toml",
+        format!("listen = '127.0.0.1:{port}'\ntokens = 'receivers.toml'\n[[source]]\nfiles = 'app.log'\n"),
+    );
+    bench.write(
+        "receive.toml",
+        format!(
+            "tokens = 'tokens.toml'\nca = 'ca.pem'\n[[dial]]\nsender = 'web-1'\n\
+             url = 'wss://localhost:{port}/'\n"
+        ),
+    );
+    bench.append("app.log", "a line too\n");
+    let own = ["LoadCredential=token:", "Environment=WAYBILL_TOKEN_FILE="];
+    let unit = with_lines(SENDER, &["chain-key", "tls-key"]);
+    let unit = own.iter().fold(unit, |unit, line| unit.replace(line, &format!("#{line}")));
+    let mut sender = Process::start("sender", service(&bench, &unit), bench.path("listening.log"));
+    let command = service(&bench, &with_lines(RECEIVER, &["dial-token"]));
+    let mut receiver = Process::start("receiver", command, bench.path("dialling.log"));
+    wait_until("the second line is stored", PATIENCE, || search().contains("a line too\n"));
+    assert!(sender.stop().success());
+    assert!(receiver.stop().success());
 }
 
 /// Writes the sources that the socket's unit shows, with the paths of a test.
@@ -242,30 +342,51 @@ fn configure(bench: &Bench, receiver: &Receiver, change: impl FnOnce(String) -> 
     bench.write("send.toml", change(text));
 }
 
-/// What the unit starts, with the paths of a test.
-fn service(bench: &Bench) -> Command {
-    let unit = shipped(SENDER);
-    let folder = bench.path("credentials");
-    let credential = value(&unit, "LoadCredential");
-    let (name, from) = credential.split_once(':').expect("a name and a path");
-    assert_eq!(from, "/etc/waybill/token");
-    fs::create_dir_all(&folder).expect("a folder");
-    fs::copy(bench.path("test.token"), folder.join(name)).expect("copied");
-    let line = value(&unit, "ExecStart");
-    let configuration = bench.path("send.toml").display().to_string();
-    assert!(line.contains("/etc/waybill/send.toml"), "{line}");
-    let line = line
-        .replace("/usr/bin/waybill", env!("CARGO_BIN_EXE_waybill"))
-        .replace("/etc/waybill/send.toml", &configuration);
+/// What a unit starts, with this folder as /etc/waybill. Credentials are copies, as systemd makes them.
+fn service(bench: &Bench, unit: &str) -> Command {
+    let etc = bench.path("").display().to_string();
+    let unit = unit.replace("/etc/waybill/", &etc);
+    let folder = tempfile::tempdir_in(&etc).expect("a folder").keep();
+    for credential in values(&unit, "LoadCredential") {
+        let (name, from) = credential.split_once(':').expect("a name and a path");
+        fs::copy(from, folder.join(name)).expect("copied");
+        fs::set_permissions(folder.join(name), PermissionsExt::from_mode(0o400)).expect("chmod");
+    }
+    let credentials = folder.display().to_string();
+    let line = values(&unit, "ExecStart").pop().expect("a command").replace("%d", &credentials);
     let mut words = line.split(' ');
-    let mut command = Command::new(words.next().expect("a program"));
+    assert_eq!(words.next(), Some("/usr/bin/waybill"), "{line}");
+    let mut command = waybill();
     command.args(words).env("STATE_DIRECTORY", bench.path("state"));
     for setting in values(&unit, "Environment") {
         let (name, value) = setting.split_once('=').expect("a variable");
-        command.env(name, value.replace("%d", &folder.display().to_string()));
+        command.env(name, value.replace("%d", &credentials));
     }
-    command.env_remove("JOURNAL_STREAM").env("NO_COLOR", "1");
     command
+}
+
+/// The service of the sender as it is shipped.
+fn sending(bench: &Bench) -> Command {
+    fs::copy(bench.path("test.token"), bench.path("token")).expect("copied");
+    service(bench, &shipped(SENDER))
+}
+
+/// The shipped unit with those of its commented lines that hold one of these words.
+fn with_lines(unit: &str, words: &[&str]) -> String {
+    let mut found = 0;
+    let is_setting = |line: &str| {
+        ["LoadCredential=", "Environment=", "ExecStart=/"].iter().any(|name| line.starts_with(name))
+    };
+    let mut choose = |line: &str| match line.strip_prefix('#') {
+        Some(setting) if is_setting(setting) && words.iter().any(|word| setting.contains(word)) => {
+            found += 1;
+            setting.to_owned() + "\n"
+        }
+        _ => line.to_owned() + "\n",
+    };
+    let text = shipped(unit).lines().map(&mut choose).collect();
+    assert_eq!(found, 2 * words.len(), "{text}");
+    text
 }
 
 /// A path of the unit, in the test's folder.
@@ -287,7 +408,7 @@ fn bound(bench: &Bench) -> (PathBuf, PathBuf, [OwnedFd; 2]) {
 
 /// Starts the service with the sockets that a service manager holds, from number 3 on.
 fn start(bench: &Bench, sockets: &[OwnedFd]) -> Process {
-    let inner = service(bench);
+    let inner = sending(bench);
     let mut command = Command::new("/bin/sh");
     let listen = format!("LISTEN_PID=$$ LISTEN_FDS={} exec \"$@\"", sockets.len());
     command.args(["-c", &listen, "sh"]).arg(inner.get_program()).args(inner.get_args());
@@ -394,7 +515,7 @@ fn systemd_socket_activate_runs_the_shipped_command() {
     let receiver = bench.receiver();
     let datagram = at(&bench, &value(&shipped(SOCKET), "ListenDatagram"));
     configure(&bench, &receiver, |text| text);
-    let inner = service(&bench);
+    let inner = sending(&bench);
     let mut command = Command::new("systemd-socket-activate");
     command.arg("--datagram").arg("--listen").arg(&datagram);
     // It hands on these variables only.
