@@ -53,6 +53,9 @@ pub struct Hello {
     pub features: Vec<String>,
     /// Minted when the state directory was made: two different ones under one token are reported.
     pub instance: Uuid,
+    /// Minted when the process was started: two live ones of one instance are reported.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run: Option<Uuid>,
     /// Program and version, for the receiver's log.
     #[serde(default)]
     pub agent: String,

@@ -15,6 +15,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tracing::{debug, info, warn};
 
 use super::gate::Accepted;
+use super::instances::Presence;
 use super::metrics::Meter;
 use super::session::{Session, Taken, Violation};
 use super::{CLOSE_TIMEOUT, Receiver};
@@ -108,6 +109,7 @@ pub(super) async fn serve(receiver: Arc<Receiver>, accepted: Accepted, socket: S
         leaving: None,
         aside: None,
         drain_until: None,
+        presence: None,
         receipted: Arc::clone(&receipted),
     };
     let driving = async move { (connection.drive(&writes).await, connection.incoming) };
@@ -238,6 +240,8 @@ struct Connection {
     aside: Option<Aside>,
     hello_until: Instant,
     drain_until: Option<Instant>,
+    /// From its `hello` on.
+    presence: Option<Presence>,
     /// A final receipt went out.
     receipted: Arc<AtomicBool>,
 }
@@ -296,7 +300,7 @@ impl Connection {
 
     /// Every future here may be dropped without a loss.
     async fn event(&mut self, writes: &mpsc::Sender<Outgoing>) -> Event {
-        let says_hello = self.session.instance().is_none();
+        let says_hello = self.session.identity().is_none();
         let draining = self.drain_until;
         let reads = self.backlog.len() < BACKLOG_MAX && !self.holds_off();
         let (tokens, shutdown) = (&mut self.tokens, &self.receiver.shutdown);
@@ -331,7 +335,7 @@ impl Connection {
             }
             // A sender that takes nothing needs no further ping to take.
             Event::Beat(Beat::Ping) if self.backlog.len() >= BACKLOG_MAX => {}
-            Event::Beat(Beat::Ping) => self.backlog.push_back(Outgoing::Ping),
+            Event::Beat(Beat::Ping) => self.ping(),
             // Its silence is ours, unless it takes nothing either.
             Event::Beat(Beat::Dead) if self.holds_off() && self.backlog.is_empty() => {
                 self.heartbeat.touch();
@@ -360,7 +364,6 @@ impl Connection {
     fn message(&mut self, message: Incoming) -> Result<(), End> {
         match message {
             Incoming::Text(text) => {
-                let before = self.session.instance();
                 let answer = match self.session.text(&text, Day::today()) {
                     Err(violation) if violation.code == close::RESTART => {
                         self.leaving = Some(violation);
@@ -368,12 +371,18 @@ impl Connection {
                     }
                     answer => answer?,
                 };
-                if let (None, Some(instance)) = (before, self.session.instance()) {
-                    self.receiver.instances.note(&self.accepted.sender, instance);
-                    self.compare();
-                }
                 if let Some(answer) = answer {
                     self.send(&answer);
+                }
+                if self.presence.is_none()
+                    && let Some(identity) = self.session.identity()
+                {
+                    let instances = &self.receiver.instances;
+                    self.presence = Some(instances.enter(&self.accepted.sender, identity));
+                    if identity.run.is_some() {
+                        self.ping();
+                    }
+                    self.compare();
                 }
             }
             Incoming::Binary(bytes) => {
@@ -381,10 +390,20 @@ impl Connection {
                     self.take(taken);
                 }
             }
-            Incoming::Ping | Incoming::Pong => {}
+            Incoming::Pong(question) => {
+                if let Some(presence) = &self.presence {
+                    presence.answered(&question);
+                }
+            }
+            Incoming::Ping => {}
             Incoming::Close { code, reason } => return Err(End::Closed { code, reason }),
         }
         Ok(())
+    }
+
+    fn ping(&mut self) {
+        let question = self.presence.as_ref().map(Presence::question);
+        self.backlog.push_back(Outgoing::Ping(question.unwrap_or_default()));
     }
 
     /// Looks for the document that the sender says it has a receipt for, in a task of its own: the

@@ -2,11 +2,10 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use jiff::Timestamp;
-use tracing::{info, warn};
-use uuid::Uuid;
+use tracing::info;
 
 use super::Receiver;
 use super::session::Sender;
@@ -22,9 +21,6 @@ const CONNECTIONS_MAX: usize = 16;
 
 /// What a refused sender is asked to wait where waiting helps.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
-
-/// Two instances under one token within this time are reported.
-const INSTANCES_WITHIN: Duration = Duration::from_secs(600);
 
 /// Why a client without `hello` cannot use such a token.
 const CHAINED_TEXT: &str = "this token is bound to a chain key, which waybill.text.v1 cannot prove: \
@@ -237,45 +233,9 @@ impl Drop for Slot {
     }
 }
 
-/// The last instance of each sender: a second one means a copied token or state directory. Ids
-/// make that harmless for what is stored, but a person should know.
-#[derive(Debug, Default)]
-pub(super) struct Instances(Mutex<HashMap<SenderId, (Uuid, Instant)>>);
-
-impl Instances {
-    pub(super) fn note(&self, sender: &Sender, instance: Uuid) {
-        if let Some(other) = self.other(sender.id, instance, Instant::now()) {
-            warn!(
-                sender = ?sender.name, %instance, %other,
-                "two instances use this sender's token: give each machine a token of its own"
-            );
-        }
-    }
-
-    /// Another instance of the sender, if it was here a short while ago.
-    fn other(&self, sender: SenderId, instance: Uuid, now: Instant) -> Option<Uuid> {
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let (before, at) = known.insert(sender, (instance, now))?;
-        (before != instance && now.duration_since(at) < INSTANCES_WITHIN).then_some(before)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn two_instances_within_minutes_are_reported_and_a_successor_is_not() {
-        let instances = Instances::default();
-        let sender = SenderId::mint();
-        let (one, two) = (Uuid::from_u128(1), Uuid::from_u128(2));
-        let start = Instant::now();
-        assert_eq!(instances.other(sender, one, start), None);
-        assert_eq!(instances.other(sender, one, start), None, "the same again");
-        assert_eq!(instances.other(sender, two, start + Duration::from_secs(5)), Some(one));
-        let later = start + Duration::from_secs(5) + INSTANCES_WITHIN;
-        assert_eq!(instances.other(sender, one, later), None);
-    }
 
     #[test]
     fn a_slot_comes_back_when_its_connection_ends() {

@@ -9,6 +9,7 @@ mod connection;
 mod dial;
 mod gate;
 mod health;
+mod instances;
 mod metrics;
 mod outstanding;
 mod session;
@@ -34,8 +35,9 @@ use crate::shutdown::Shutdown;
 use crate::tokens::{self, Tokens, TokensError};
 use crate::transport::{Answer, Handler, Listener, Request, Socket};
 use chain::Claims;
-use gate::{Instances, Slots, Speaks};
+use gate::{Slots, Speaks};
 use health::Health;
+use instances::Instances;
 use session::Terms;
 
 /// How long a sender has for its `hello`.

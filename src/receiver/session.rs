@@ -135,7 +135,16 @@ pub(super) struct Session {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum State {
     AwaitsHello,
-    Open { instance: Uuid },
+    Open(Identity),
+}
+
+/// Who said `hello`, beyond the token.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Identity {
+    /// Its state directory.
+    pub(super) instance: Uuid,
+    /// Its process, where it says so.
+    pub(super) run: Option<Uuid>,
 }
 
 /// What an `open` came to.
@@ -159,11 +168,11 @@ impl Session {
         }
     }
 
-    /// The sender's instance, once it said `hello`.
-    pub(super) fn instance(&self) -> Option<Uuid> {
+    /// Who the sender is, once it said `hello`.
+    pub(super) fn identity(&self) -> Option<Identity> {
         match self.state {
             State::AwaitsHello => None,
-            State::Open { instance } => Some(instance),
+            State::Open(identity) => Some(identity),
         }
     }
 
@@ -194,11 +203,11 @@ impl Session {
         })?;
         match (message, self.state) {
             (Control::Hello(hello), State::AwaitsHello) => self.hello(&hello, today).map(Some),
-            (Control::Open(open), State::Open { .. }) => self.open(*open, text.len(), today),
+            (Control::Open(open), State::Open(_)) => self.open(*open, text.len(), today),
             (_, State::AwaitsHello) => {
                 Err(Violation::new(close::PROTOCOL, "the first message must be hello"))
             }
-            (_, State::Open { .. }) => {
+            (_, State::Open(_)) => {
                 Err(Violation::new(close::PROTOCOL, "a sender says hello once, then only open"))
             }
         }
@@ -222,7 +231,7 @@ impl Session {
             sender = ?self.sender.name, instance = %hello.instance, agent = ?hello.agent,
             "sender connected"
         );
-        self.state = State::Open { instance: hello.instance };
+        self.state = State::Open(Identity { instance: hello.instance, run: hello.run });
         let features = hello.features.iter().filter(|feature| *feature == ZSTD).take(1);
         Ok(Control::Welcome(Welcome {
             version: VERSION,

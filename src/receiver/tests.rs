@@ -156,7 +156,7 @@ impl Client {
         loop {
             match self.receiver.next().await {
                 Some(Ok(Incoming::Text(text))) => return Control::decode(&text).expect("control"),
-                Some(Ok(Incoming::Ping | Incoming::Pong)) => {}
+                Some(Ok(Incoming::Ping | Incoming::Pong(_))) => {}
                 other => panic!("{other:?}"),
             }
         }
@@ -184,6 +184,7 @@ impl Client {
             version: VERSION,
             features: vec!["zstd".to_owned(), "later".to_owned()],
             instance: Uuid::from_u128(7),
+            run: None,
             agent: "test".to_owned(),
             chain: None,
         };

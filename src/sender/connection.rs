@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use bytes::Bytes;
 use thiserror::Error;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -33,6 +34,8 @@ const FRAME_OVERHEAD_BYTES: usize = 36;
 pub struct Connections {
     /// Identity of the state directory.
     pub instance: Uuid,
+    /// Identity of this process.
+    pub run: Uuid,
     /// Compress frames where the receiver can.
     pub compress: bool,
     /// Most bytes per second that a connection writes.
@@ -137,6 +140,7 @@ impl Connections {
             version: VERSION,
             features: vec!["zstd".to_owned()],
             instance: self.instance,
+            run: Some(self.run),
             agent: concat!("waybill/", env!("CARGO_PKG_VERSION")).to_owned(),
             chain,
         });
@@ -240,7 +244,7 @@ async fn receive(link: &Link, mut socket: SocketReceiver) -> Ended {
                 break;
             }
             Incoming::Binary(_) => debug!("binary message out of place"),
-            Incoming::Ping | Incoming::Pong => {}
+            Incoming::Ping | Incoming::Pong(_) => {}
         }
     }
     if receipted { Ended::AfterReceipts } else { Ended::Early }
@@ -314,7 +318,7 @@ async fn transmit(
                 None => return,
             },
             beat = heartbeat.next() => match beat {
-                Beat::Ping => Outgoing::Ping,
+                Beat::Ping => Outgoing::Ping(Bytes::new()),
                 Beat::Dead => return warn!("connection lost: the receiver was silent for too long"),
             },
             close = &mut close => break close,
@@ -385,7 +389,7 @@ impl Pace {
         let bytes = match message {
             Outgoing::Text(text) => text.len(),
             Outgoing::Binary(bytes) => bytes.len(),
-            Outgoing::Ping => 0,
+            Outgoing::Ping(_) => 0,
         };
         let cost = Duration::from_secs_f64((bytes + FRAME_OVERHEAD_BYTES) as f64 / limit as f64);
         self.ready_at = self.ready_at.max(tokio::time::Instant::now()) + cost;

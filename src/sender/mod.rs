@@ -189,6 +189,8 @@ pub struct Sender {
     /// Where receivers connect, if they do.
     address: Option<Address>,
     metrics: Arc<Metrics>,
+    /// Tells this process from others with a copy of the state directory.
+    run: Uuid,
     shutdown: Shutdown,
 }
 
@@ -243,7 +245,8 @@ impl Sender {
         let metrics = Arc::new(Metrics::new(budget.clone()));
         let shutdown = shutdown.clone();
         let intakes = Intakes::default();
-        Ok(Sender { state, budget, intakes, address: None, metrics, shutdown })
+        let run = Uuid::now_v7();
+        Ok(Sender { state, budget, intakes, address: None, metrics, run, shutdown })
     }
 
     /// What it counts.
@@ -314,6 +317,7 @@ impl Sender {
         });
         let connections = Connections {
             instance: self.state.instance(),
+            run: self.run,
             compress: config.compress,
             rate_limit: config.rate_limit,
             chain: (config.chain_key_file.clone())

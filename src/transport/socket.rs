@@ -97,8 +97,9 @@ pub enum Outgoing {
     Text(String),
     /// A data frame, at most [`MESSAGE_BYTES_MAX`] bytes.
     Binary(Bytes),
-    /// Asks the peer for a sign of life; pongs are answered below this layer.
-    Ping,
+    /// Asks the peer for a sign of life, with at most 125 bytes that its answer repeats; pings are
+    /// answered below this layer.
+    Ping(Bytes),
 }
 
 /// A message that came.
@@ -110,8 +111,8 @@ pub enum Incoming {
     Binary(Bytes),
     /// A ping, already being answered.
     Ping,
-    /// The answer to a ping.
-    Pong,
+    /// The answer to a ping, with what that carried: outside bytes.
+    Pong(Bytes),
     /// The peer closes; the answer is under way, and nothing comes after it.
     Close {
         /// RFC 6455 §7.4.1; 1005 where the peer gave none.
@@ -201,7 +202,7 @@ impl SocketSender {
         let message = match message {
             Outgoing::Text(text) => Message::Text(text.into()),
             Outgoing::Binary(bytes) => Message::Binary(bytes),
-            Outgoing::Ping => Message::Ping(Bytes::new()),
+            Outgoing::Ping(bytes) => Message::Ping(bytes),
         };
         Ok(self.sink.feed(message).await?)
     }
@@ -267,7 +268,7 @@ impl SocketReceiver {
                 Message::Text(text) => Incoming::Text(Text(text)),
                 Message::Binary(bytes) => Incoming::Binary(bytes),
                 Message::Ping(_) => Incoming::Ping,
-                Message::Pong(_) => Incoming::Pong,
+                Message::Pong(bytes) => Incoming::Pong(bytes),
                 Message::Close(Some(frame)) => {
                     let reason = frame.reason.as_str().to_owned();
                     Incoming::Close { code: frame.code.into(), reason }

@@ -8,6 +8,7 @@ mod check;
 mod client_certificates;
 mod clock;
 mod configuration;
+mod copies;
 mod crash;
 mod demo;
 mod dependencies;

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use futures_util::FutureExt as _;
 use jiff::Timestamp;
 use tokio::sync::{AcquireError, OwnedSemaphorePermit, mpsc};
@@ -169,7 +170,7 @@ impl Connection {
                 }
             }
             // A client that takes nothing needs no further ping to take.
-            Event::Beat(Beat::Ping) => drop(writes.try_send(Outgoing::Ping)),
+            Event::Beat(Beat::Ping) => drop(writes.try_send(Outgoing::Ping(Bytes::new()))),
             // While it waits for its answers, the silence is ours.
             Event::Beat(Beat::Dead) if !self.read_before && self.held.is_none() => {
                 self.heartbeat.touch();
@@ -221,7 +222,7 @@ impl Connection {
                 let reason = "a line is a text message";
                 self.end_with(End::Violation(Violation::new(close::UNSUPPORTED, reason)));
             }
-            Incoming::Ping | Incoming::Pong => {}
+            Incoming::Ping | Incoming::Pong(_) => {}
             Incoming::Close { code, reason } => return Err(End::Closed { code, reason }),
         }
         Ok(())

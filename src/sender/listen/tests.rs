@@ -37,6 +37,7 @@ fn listen() -> Sender {
     let metrics = Arc::new(Metrics::new(Arc::new(Budget::new(1 << 20))));
     let connections = Connections {
         instance,
+        run: Uuid::from_u128(8),
         compress: false,
         rate_limit: None,
         chain: None,
