@@ -10,7 +10,7 @@ use std::thread;
 
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 
-use crate::support::servers::{http, skip, wait_until};
+use crate::support::servers::{free_port, http, skip, wait_until};
 use crate::support::store::{assert_lines, run, wait_for_lines};
 use crate::support::waybill::{Bench, PATIENCE, Process, Receiver, lines, waybill};
 
@@ -158,6 +158,43 @@ fn a_full_spool_holds_up_its_writer_and_loses_nothing() {
     numbers.sort_unstable();
     assert!(numbers.iter().copied().eq(0..LINES), "not the lines that were written");
     assert!(sender.stop().success());
+}
+
+#[test]
+fn posts_are_answered_503_while_the_disk_is_full_and_200_after() {
+    let bench = Bench::new();
+    let Some(disk) = Disk::mount(bench.path("state"), 8) else {
+        return;
+    };
+    let receiver = bench.receiver();
+    let address = format!("127.0.0.1:{}", free_port());
+    let mut sender = bench.sender(&receiver, &["--http-intake", &address]);
+    wait_until("the intake answers", PATIENCE, || {
+        http(&address, "GET", "/", "text/plain", b"").is_ok_and(|(status, _)| status == 200)
+    });
+    let now = jiff::Timestamp::now();
+    // With a key and a time, as syslog-ng posts: what is repeated is stored once.
+    let post = |number: usize| {
+        let body =
+            format!("{{\"line\":\"line {number}\",\"key\":\"k{number}\",\"time\":\"{now}\"}}\n");
+        http(&address, "POST", "/", "application/x-ndjson", body.as_bytes()).expect("an answer").0
+    };
+    assert_eq!(post(0), 200);
+    disk.fill();
+    for _ in 0..3 {
+        assert_eq!(post(1), 503);
+    }
+    sender.wait_for_log("spool: cannot write");
+    disk.free();
+    wait_until("there is room", PATIENCE, || {
+        let status = post(1);
+        assert!([200, 503].contains(&status), "{status}");
+        status == 200
+    });
+    assert_eq!(post(2), 200);
+    wait_for_lines(&bench, 3);
+    assert!(sender.stop().success());
+    assert_lines(&bench, "line", 3);
 }
 
 #[test]

@@ -145,7 +145,8 @@ fn snippet(bench: &Bench, name: &str) -> PathBuf {
     path
 }
 
-fn logrotate(bench: &Bench, configuration: &Path) -> Command {
+/// Rotates now, whatever the sizes and dates.
+pub fn logrotate(bench: &Bench, configuration: &Path) -> Command {
     let mut command = Command::new("/usr/sbin/logrotate");
     command.args(["--force", "--state"]).arg(bench.path("logrotate.status")).arg(configuration);
     // No systemd runs here: the signal that the snippet asks for reaches the writer as a file.

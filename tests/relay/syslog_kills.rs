@@ -26,9 +26,10 @@ fn query<T: rusqlite::types::FromSql>(bench: &Bench, sql: &str, of: &str) -> Opt
     store.query_row(sql, [of], |row| row.get(0)).ok()
 }
 
-fn is_stored(bench: &Bench, number: usize) -> bool {
+/// Whether a line with these words in this order is in the embedded store.
+pub fn is_stored(bench: &Bench, phrase: &str) -> bool {
     let sql = "SELECT count(*) FROM words WHERE words MATCH ?1";
-    query::<i64>(bench, sql, &format!("\"line {number}\"")).is_some_and(|count| count > 0)
+    query::<i64>(bench, sql, &format!("\"{phrase}\"")).is_some_and(|count| count > 0)
 }
 
 /// What one line is padded with, to the length of an ordinary one: what is lost is bounded in bytes.
@@ -68,14 +69,18 @@ fn kill_in_the_stream(
     for _ in 0..KILLS {
         let first = written;
         write_lines(input, first..first + ROUND);
-        wait_until("the stream is under way", PATIENCE, || is_stored(bench, first + UNDER_WAY));
+        wait_until("the stream is under way", PATIENCE, || {
+            is_stored(bench, &format!("line {}", first + UNDER_WAY))
+        });
         sender.kill_hard();
         sender = start();
         // Nothing of this round is on its way any more when the next one begins: else the next kill
         // would meet a spool full of it, and a stream at rest.
         written = first + ROUND + 1;
         write_lines(input, written - 1..written);
-        wait_until("the round is over", PATIENCE, || is_stored(bench, written - 1));
+        wait_until("the round is over", PATIENCE, || {
+            is_stored(bench, &format!("line {}", written - 1))
+        });
     }
     assert!(sender.stop().success());
 

@@ -7,8 +7,8 @@
 //! the client posts the whole body again; a line with a key is then the same document, one without
 //! may be there twice.
 //!
-//! Bodies are spooled as they are read, so that none is too large. What is no HTTP at all gets
-//! hyper's own 400.
+//! Bodies are spooled as they are read, so that none is too large. What is no readable request
+//! gets hyper's own answer before it comes here: 400, 414 for the URL's length, 431 for the head's.
 
 mod record;
 #[cfg(test)]

@@ -232,6 +232,20 @@ async fn a_stop_answers_503_to_what_is_being_read_and_ends() {
 }
 
 #[tokio::test]
+async fn what_is_no_readable_request_has_hypers_answer() {
+    let running = start(1 << 20);
+    let url = format!("POST /{} HTTP/1.1\r\nHost: x\r\n\r\n", "x".repeat(70_000));
+    let fields: String = (0..200).map(|number| format!("X-{number}: x\r\n")).collect();
+    let head = format!("POST / HTTP/1.1\r\nHost: x\r\n{fields}\r\n");
+    for (request, status) in [("no HTTP\r\n\r\n", 400), (&*url, 414), (&*head, 431)] {
+        let mut stream = running.connect().await;
+        stream.write_all(request.as_bytes()).await.expect("written");
+        assert_eq!(answer(&mut stream).await.expect("an answer").0, status);
+    }
+    assert!(running.payloads().is_empty());
+}
+
+#[tokio::test]
 async fn a_taken_port_says_so() {
     let running = start(1000);
     let error = HttpIntake::bind(running.address).expect_err("taken");

@@ -736,6 +736,17 @@ impl SyslogNg {
         have("syslog-ng", "syslog-ng-core").then(|| check_syslog_ng(folder, text))
     }
 
+    /// The same with no modules but those in this folder.
+    pub fn check_with_modules(
+        folder: &Path,
+        text: &str,
+        modules: &Path,
+    ) -> Option<Result<(), String>> {
+        let option = format!("--module-path={}", modules.display());
+        let check = || check_syslog_ng_with(folder, text, &[&option]);
+        have("syslog-ng", "syslog-ng-core").then(check)
+    }
+
     /// Replaces the configuration and reloads; returns once the new one is in force.
     pub fn reload(&self, text: &str) {
         if let Err(said) = check_syslog_ng(self.folder(), text) {
@@ -793,11 +804,16 @@ impl SyslogNg {
 }
 
 fn check_syslog_ng(folder: &Path, text: &str) -> Result<(), String> {
+    check_syslog_ng_with(folder, text, &[])
+}
+
+fn check_syslog_ng_with(folder: &Path, text: &str, arguments: &[&str]) -> Result<(), String> {
     let file = folder.join("syslog-ng.conf");
     fs::write(&file, text.replace("@FOLDER@", &folder.to_string_lossy()))
         .expect("a configuration can be written");
     let output = syslog_ng_command(folder)
         .arg("--syntax-only")
+        .args(arguments)
         .stdin(Stdio::null())
         .output()
         .expect("syslog-ng was found on the PATH");
