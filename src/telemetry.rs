@@ -217,30 +217,35 @@ fn bar() -> MutexGuard<'static, Option<ProgressBar>> {
 /// Progress of `--once` on a terminal: bytes, lines, rate, time left. At most one is shown.
 #[derive(Debug)]
 pub struct Progress {
+    enabled: bool,
     bar: Option<ProgressBar>,
 }
 
 impl Progress {
-    /// Shows a bar if `enabled`; `total_bytes` is what there is to send.
-    pub fn new(enabled: bool, total_bytes: u64) -> Progress {
-        if !enabled {
-            return Progress { bar: None };
+    /// Shows a bar if `enabled`, once it is known that there is something to send.
+    pub fn new(enabled: bool) -> Progress {
+        Progress { enabled, bar: None }
+    }
+
+    /// What there is to send, as far as it was found.
+    pub fn set_total(&mut self, bytes: u64) {
+        if let Some(bar) = &self.bar {
+            bar.set_length(bytes);
+        } else if self.enabled && bytes > 0 {
+            self.show(bytes);
         }
+    }
+
+    fn show(&mut self, total_bytes: u64) {
         let style = ProgressStyle::with_template(
             "{bar:24} {bytes}/{total_bytes}  {msg}  {bytes_per_sec}  {eta} left",
         );
         let shown = ProgressBar::with_draw_target(Some(total_bytes), ProgressDrawTarget::stderr())
-            .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+            .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+            .with_message("0 lines");
         shown.enable_steady_tick(Duration::from_millis(250));
         *bar() = Some(shown.clone());
-        Progress { bar: Some(shown) }
-    }
-
-    /// More was found to send.
-    pub fn set_total(&self, bytes: u64) {
-        if let Some(bar) = &self.bar {
-            bar.set_length(bytes);
-        }
+        self.bar = Some(shown);
     }
 
     /// What has been receipted so far.
@@ -336,7 +341,8 @@ mod tests {
 
     #[test]
     fn a_disabled_bar_shows_nothing() {
-        let progress = Progress::new(false, 10);
+        let mut progress = Progress::new(false);
+        progress.set_total(10);
         progress.set(20, 1);
         progress.finish();
         assert!(bar().is_none());

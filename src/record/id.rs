@@ -14,6 +14,9 @@ use super::framing::{KEY_BYTES_MAX, Record};
 /// A segment ends before this offset, because an id has 5 bytes for it.
 pub const OFFSET_MAX: u64 = 1 << 40;
 
+/// The last offset at which a segment, and so a frame, may end.
+pub const END_MAX: u64 = OFFSET_MAX - 1;
+
 /// Names a segment: a UUIDv7 minted when its row opens.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 #[serde(transparent)]

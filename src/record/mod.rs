@@ -13,7 +13,7 @@ mod row;
 
 pub use day::Day;
 pub use framing::{Framing, RECORD_BYTES_MAX, Record, RecordKind};
-pub use id::{DocumentId, IdPrefix, OFFSET_MAX, SegmentId, SenderId};
+pub use id::{DocumentId, END_MAX, IdPrefix, OFFSET_MAX, SegmentId, SenderId};
 pub use index::{DEFAULT_RULE, DEFAULT_TYPES, IndexRule, IndexRuleError, TypeName, TypeNameError};
 pub use origin::time_of_origin;
 pub use path::{escape_path, unescape_path};

@@ -421,7 +421,7 @@ async fn drive(
         tokio::time::sleep(context.config.drain_timeout).await;
     };
     tokio::pin!(deadline);
-    let progress = Progress::new(context.config.progress, 0);
+    let mut progress = Progress::new(context.config.progress);
     let mut complete = true;
     let mut refusal = None;
     loop {

@@ -13,7 +13,7 @@ use bytes::Bytes;
 
 use crate::protocol::{DataFrame, FRAME_BYTES_TARGET, FRAME_HEADER_BYTES, FrameFlags};
 use crate::record::framing::Whole;
-use crate::record::{Framing, SegmentId};
+use crate::record::{END_MAX, Framing, SegmentId};
 use crate::source::files::fingerprint::{
     FINGERPRINT_BYTES, PREFIX_BYTES_MAX, fingerprint, first_bytes,
 };
@@ -118,6 +118,8 @@ pub enum Read {
     Partial(u64),
     /// The run has ended before `from`.
     End,
+    /// The next record ends behind what an id can name.
+    PastEndMax,
     /// The file is no longer what it was: recognise it again.
     Disagrees,
 }
@@ -183,7 +185,8 @@ impl Origin {
     fn read_bytes(&mut self, request: &Request) -> io::Result<Read> {
         let from = request.from;
         let room = request.to.map_or(u64::MAX, |to| to.saturating_sub(from));
-        let want = request.want.min(usize::try_from(room).unwrap_or(usize::MAX));
+        let addressable = END_MAX.saturating_sub(from);
+        let want = request.want.min(usize::try_from(room.min(addressable)).unwrap_or(usize::MAX));
         let mut message = Vec::with_capacity(FRAME_HEADER_BYTES + want);
         message.resize(FRAME_HEADER_BYTES, 0);
         match self {
@@ -209,14 +212,19 @@ impl Origin {
             let same = request.expect.is_none_or(|expect| framed.fingerprint == expect);
             return Ok(if whole && same { Read::Framed(framed) } else { Read::Disagrees });
         }
+        if read == 0 && room == 0 {
+            return Ok(Read::End);
+        }
+        let is_past = read as u64 == addressable && self.has_byte_at(END_MAX.max(from))?;
         if read == 0 {
-            return Ok(if room == 0 { Read::End } else { Read::Partial(0) });
+            return Ok(if is_past { Read::PastEndMax } else { Read::Partial(0) });
         }
         let bytes = &message[FRAME_HEADER_BYTES..];
         let length = match request.framing.whole(bytes) {
             Whole::Bytes(length) => length,
             // What stands before a recorded end is a record, with or without its newline.
             Whole::Needs(_) if read as u64 == room => read,
+            Whole::Needs(_) if is_past => return Ok(Read::PastEndMax),
             Whole::Needs(needs) if read == want => return Ok(Read::Needs(needs)),
             Whole::Needs(_) | Whole::Corrupt => return Ok(Read::Partial(read as u64)),
         };
@@ -225,6 +233,16 @@ impl Origin {
         }
         message.truncate(FRAME_HEADER_BYTES + length);
         Ok(Read::Framed(frame(message, request, &before, read_at)))
+    }
+
+    fn has_byte_at(&mut self, offset: u64) -> io::Result<bool> {
+        let mut byte = [0];
+        let read = match self {
+            Origin::File(file) => file.tail.read_at(offset, &mut byte)?,
+            Origin::Kept(kept) => kept.read_at(offset, &mut byte)?,
+            Origin::Spool { .. } => 0,
+        };
+        Ok(read > 0)
     }
 }
 

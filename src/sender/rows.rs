@@ -11,7 +11,7 @@ use super::origin::FileOrigin;
 use super::stream::place;
 use crate::config::SourceConfig;
 use crate::protocol::Welcome;
-use crate::record::{Day, Framing, Prefix, Row, SegmentId, escape_path};
+use crate::record::{Day, END_MAX, Framing, Prefix, Row, SegmentId, escape_path};
 use crate::source::files::fingerprint::{FINGERPRINT_BYTES, fingerprint, first_bytes, prefix};
 use crate::source::files::tail::{Inode, Tail};
 use crate::state::{Entry, Progress};
@@ -80,7 +80,7 @@ pub fn progress_at_start(row: &Row, tail: &Tail, before: &[u8]) -> Progress {
 pub fn passed_over(attributes: &Attributes, tail: &mut Tail, path: &Path) -> io::Result<Entry> {
     let stamp = tail.stamp()?;
     let compressed = tail.is_compressed();
-    let start = if compressed { 0 } else { stamp.size };
+    let start = if compressed { 0 } else { stamp.size.min(END_MAX) };
     let mut entry = attributes.open(
         Opening {
             run: Uuid::now_v7(),

@@ -1,5 +1,6 @@
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::Write as _;
 use std::process::Command;
 
 use futures_util::FutureExt;
@@ -7,6 +8,7 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 
 use super::*;
+use crate::record::OFFSET_MAX;
 use crate::record::framing::encode_spool_record;
 
 fn budget() -> Arc<Budget> {
@@ -406,6 +408,32 @@ async fn a_stop_on_a_full_device_tells_what_is_lost() {
     assert!(matches!(lost, SpoolError::Lost { bytes: 42 }), "{lost}");
 }
 
+/// A receiver refuses a frame that ends at 2^40.
+#[test]
+fn a_segment_ends_before_2_to_the_40() {
+    let mut record = Vec::new();
+    encode_spool_record(&mut record, 0, b"", b"line");
+    for (end, fits) in [(OFFSET_MAX - 1, true), (OFFSET_MAX, false)] {
+        let dir = TempDir::new().expect("dir");
+        let (spool, mut writer) = bare(dir.path());
+        let first = spool.watermark().segment;
+        writer.offset = end - record.len() as u64;
+        writer.commit(&record).expect("written");
+        assert_eq!(spool.watermark().segment == first, fits, "to {end}");
+    }
+}
+
+/// Counted by `scripts/test`, as in the end-to-end tests.
+fn skip(reason: &str) {
+    println!("SKIPPED: {reason}");
+    if let Some(file) = std::env::var_os("WAYBILL_TEST_SKIPPED") {
+        let file = File::options().create(true).append(true).open(file);
+        let noted =
+            file.and_then(|mut file| file.write_all(format!("SKIPPED: {reason}\n").as_bytes()));
+        noted.expect("the skip can be noted");
+    }
+}
+
 /// A tmpfs of 2 MiB, unmounted on drop.
 struct SmallDisk(TempDir);
 
@@ -428,7 +456,7 @@ impl Drop for SmallDisk {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_disk_stops_reading_and_goes_on_by_itself() {
     let Some(disk) = SmallDisk::mount() else {
-        eprintln!("skipped: mounting a tmpfs needs root; run this test as root to have it");
+        skip("mounting a tmpfs needs root");
         return;
     };
     let ballast = disk.0.path().join("ballast");

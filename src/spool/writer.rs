@@ -12,7 +12,7 @@ use super::table::{Run, SpoolFile};
 use super::{Shared, Throttle};
 use crate::backoff::Backoff;
 use crate::descriptors;
-use crate::record::{OFFSET_MAX, SegmentId, escape_path};
+use crate::record::{END_MAX, SegmentId, escape_path};
 
 /// A file of this many bytes is full; its last group may reach over it.
 const FILE_BYTES: u64 = 16 << 20;
@@ -29,7 +29,7 @@ pub(super) struct Writer {
     shared: Arc<Shared>,
     segment: SegmentId,
     /// Where the live segment's synced bytes end.
-    offset: u64,
+    pub(super) offset: u64,
     file: Option<LiveFile>,
     /// The live file may hold bytes that a failed write or sync left in doubt.
     broken: bool,
@@ -115,7 +115,7 @@ impl Writer {
         if self.broken {
             self.abandon_file()?;
         }
-        if self.offset + bytes.len() as u64 > OFFSET_MAX {
+        if self.offset + bytes.len() as u64 > END_MAX {
             self.end_segment();
         }
         self.open_file()?;

@@ -4,6 +4,8 @@
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::thread;
+use std::time::Duration;
 
 use crate::support::documents::{assert_documents, prefix, receipts, wait_for_documents};
 use crate::support::proxy::{Act, Proxy};
@@ -358,6 +360,30 @@ fn elasticsearch_killed_in_the_middle_loses_and_doubles_nothing() {
 }
 
 /// nginx in front of a node, without TLS, with a log of what it passed on.
+/// While it stalls the receiver still pings: nobody takes its silence, or the sender's, for a dead connection.
+#[test]
+fn elasticsearch_that_stalls_for_longer_than_a_ping_ends_no_connection() {
+    const DEAD_AFTER: Duration = Duration::from_secs(45);
+    let Some(node) = Elasticsearch::start("8.17") else {
+        return;
+    };
+    let bench = Bench::new();
+    let prefix = prefix("stalled");
+    let receiver = receiver(&bench, &node.url(), &prefix, &[]);
+    bench.write("app.log", "line 0\n");
+    let sender = bench.sender(&receiver, &["app.log", "--receipts", "receipts.jsonl"]);
+    wait_for_documents(&node, &format!("{prefix}-default-*"), 1);
+    node.pause();
+    let rest: String = (1..LINES).map(|number| format!("line {number}\n")).collect();
+    bench.append("app.log", rest);
+    // What is to be seen is that nothing happens.
+    thread::sleep(DEAD_AFTER + Duration::from_secs(5));
+    node.resume();
+    wait_for_documents(&node, &format!("{prefix}-default-*"), LINES);
+    assert_eq!(sender.log().matches(" connected").count(), 1, "{}", sender.log());
+    assert_whole(&bench, &node, &prefix, sender);
+}
+
 fn plain_front(node: &Elasticsearch) -> Option<(String, Nginx)> {
     let port = free_port();
     let text = format!(

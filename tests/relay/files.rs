@@ -1,11 +1,16 @@
 //! Files: nothing lost and nothing twice, whatever stands in them and whichever pattern names them.
 
-use std::fs;
-use std::io::Write;
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::fs::symlink;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
 
 use serde_json::{Value, json};
 
+use super::support::documents::{Cleanup, prefix};
 use super::support::servers::{Elasticsearch, wait_until};
 use super::support::waybill::{Bench, PATIENCE, lines, numbered};
 
@@ -70,10 +75,7 @@ fn odd_bytes_lose_no_line() {
     assert_eq!(parts[5]["log"]["flags"], json!(["continues", "cut"]));
     assert_eq!(parts[9]["log"]["flags"], json!(["continues"]));
     let others: Vec<String> = stored.iter().map(text).filter(|text| text.len() <= 1000).collect();
-    assert_eq!(others.len(), 4, "{others:?}");
-    assert!(others[0].starts_with("crlf"));
-    assert_eq!(others[1], "after nul");
-    assert_eq!(others[3], "last");
+    assert_eq!(others, ["crlf", "after nul", "\u{fffd}\u{fffd}", "last"]);
 }
 
 #[test]
@@ -229,6 +231,112 @@ fn a_change_of_type_and_labels_holds_from_the_next_line_on() {
 }
 
 #[test]
+fn a_change_of_format_and_time_zone_holds_from_the_next_line_on() {
+    let json = "{\"message\":\"hello\"}";
+    let bsd = "Jan  2 13:04:05 web1 app: text";
+    let part =
+        |line: &Value, path: &str| line.pointer(path).and_then(Value::as_str).map(str::to_owned);
+    for (flag, [old, new], line, path, [was, is]) in [
+        ("--format", ["raw", "json"], json, "/message", [json, "hello"]),
+        ("--timezone", ["Asia/Tokyo", "UTC"], bsd, "/@timestamp", ["T04:04:05", "T13:04:05"]),
+    ] {
+        let bench = Bench::new();
+        let mut receiver = bench.receiver();
+        receiver.stop();
+        bench.write("app.log", format!("{line}\n"));
+        let mut sender = bench.sender(&receiver, &["app.log", flag, old]);
+        sender.wait_for_log("following");
+        sender.kill_hard();
+        let mut sender = bench.sender(&receiver, &["app.log", flag, new]);
+        sender.wait_for_log("continued=true");
+        receiver.start();
+        bench.append("app.log", format!("{line}\n"));
+        bench.wait_for_lines(2);
+        assert!(sender.stop().success());
+        let stored = bench.stored();
+        let found: Vec<String> = stored.iter().filter_map(|line| part(line, path)).collect();
+        assert_eq!(found.len(), 2, "{stored:?}");
+        assert!(found[0].contains(was) && found[1].contains(is), "{flag}: {found:?}");
+    }
+}
+
+/// What was there when another store answered goes out under the old segment; lines after that get one of their own.
+#[test]
+fn another_store_gets_another_segment() {
+    let bench = Bench::new();
+    let segment_of_line = |(number, store): (usize, &str)| {
+        let path = bench.path(store);
+        let receiver = bench.receiver_with(move |command| {
+            command.arg("--store").arg(&path);
+        });
+        bench.append("app.log", format!("line {number}\n"));
+        let receipts = format!("{number}.jsonl");
+        bench.send_once(&receiver, &["app.log", "--receipts", &receipts]).ok();
+        let text = fs::read_to_string(bench.path(&receipts)).expect("receipts");
+        let receipt: Value = serde_json::from_str(&text).expect("one line, one receipt");
+        // Sender and segment are the first 14 bytes of an id.
+        receipt["id"].as_str().expect("an id")[..18].to_owned()
+    };
+    let stores = ["one", "one", "other", "other", "other"];
+    let segments: Vec<String> = stores.into_iter().enumerate().map(segment_of_line).collect();
+    assert!(segments[..3].iter().all(|segment| *segment == segments[0]), "{segments:?}");
+    assert_ne!(segments[2], segments[3]);
+    assert_eq!(segments[3], segments[4]);
+}
+
+#[test]
+fn compressed_on_the_wire_is_the_same_at_the_other_end() {
+    let bench = Bench::new();
+    let receiver = bench.receiver();
+    bench.write("app.log", lines("line", 20_000));
+    let through = Counted::start(receiver.port());
+    let url = format!("ws://127.0.0.1:{}/", through.port);
+    let mut command = bench.send_command(&url, &["app.log", "--once", "--compress"]);
+    assert!(command.output().expect("waybill send").status.success());
+    let sent = through.bytes.load(Ordering::Relaxed);
+    assert!(sent > 0 && sent < bench.size_of("app.log") / 2, "{sent} bytes");
+    bench.assert_lines(numbered("line", 20_000));
+}
+
+/// Passes connections on and counts what the clients say.
+struct Counted {
+    port: u16,
+    bytes: Arc<AtomicU64>,
+}
+
+impl Counted {
+    fn start(to: u16) -> Counted {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let port = listener.local_addr().expect("an address").port();
+        let bytes = Arc::new(AtomicU64::new(0));
+        let counter = bytes.clone();
+        thread::spawn(move || {
+            for client in listener.incoming().flatten() {
+                let server = TcpStream::connect(("127.0.0.1", to)).expect("the receiver");
+                let (mut up, mut down) =
+                    (client.try_clone().expect("a handle"), server.try_clone().expect("a handle"));
+                let counter = counter.clone();
+                thread::spawn(move || {
+                    let mut piece = [0; 16 << 10];
+                    while let Ok(length @ 1..) = up.read(&mut piece) {
+                        counter.fetch_add(length as u64, Ordering::Relaxed);
+                        if (&server).write_all(&piece[..length]).is_err() {
+                            break;
+                        }
+                    }
+                    let _ = server.shutdown(Shutdown::Write);
+                });
+                thread::spawn(move || {
+                    let _ = io::copy(&mut down, &mut &client);
+                    let _ = client.shutdown(Shutdown::Write);
+                });
+            }
+        });
+        Counted { port, bytes }
+    }
+}
+
+#[test]
 fn receipts_name_every_line_once_in_order_with_its_stored_id() {
     let bench = Bench::new();
     let receiver = bench.receiver();
@@ -262,16 +370,19 @@ fn receipts_name_every_line_once_in_order_with_its_stored_id() {
 #[test]
 fn a_parked_line_is_receipted_as_such_and_fails_the_run() {
     let Some(elasticsearch) = Elasticsearch::shared_8_17() else { return };
+    let prefix = prefix("parked-line");
+    let _cleanup = Cleanup::of(elasticsearch, &prefix);
     // Numbers only: a line of letters is refused in full and in reduced form.
     let template = json!({
-        "index_patterns": ["parked-line-default-*"],
+        "index_patterns": [format!("{prefix}-default-*")],
         "priority": 500,
         "template": {"mappings": {"properties": {"message": {"type": "long"}}}},
     });
-    let (status, answer) = elasticsearch.request("PUT", "/_index_template/parked-line", &template);
+    let path = format!("/_index_template/{prefix}");
+    let (status, answer) = elasticsearch.request("PUT", &path, &template);
     assert_eq!(status, 200, "{answer}");
     let bench = Bench::new();
-    let receiver = bench.receiver_into(&elasticsearch.url(), "parked-line");
+    let receiver = bench.receiver_into(&elasticsearch.url(), &prefix);
     // Other lines are stored afterwards: so it is the line's fault, not the index's.
     let numbers: String = (1..100_000).map(|number| format!("{number}\n")).collect();
     bench.write("app.log", format!("0\nbad\n{numbers}"));
@@ -285,6 +396,52 @@ fn a_parked_line_is_receipted_as_such_and_fails_the_run() {
     assert_eq!(verdicts[..3], ["stored", "parked", "stored"]);
     assert_eq!(verdicts.len(), 100_001);
     assert_eq!(verdicts.iter().filter(|verdict| **verdict == "stored").count(), 100_000);
-    assert_eq!(elasticsearch.count("parked-line-default-*"), 100_000);
-    assert_eq!(elasticsearch.count("parked-line-dead"), 1);
+    assert_eq!(elasticsearch.count(&format!("{prefix}-default-*")), 100_000);
+    assert_eq!(elasticsearch.count(&format!("{prefix}-dead")), 1);
+}
+
+/// Ids hold 40 bits of an offset. A file that went on behind them had its sender connect for ever.
+#[test]
+fn a_file_past_1_tib_is_named_and_holds_up_nobody() {
+    const END: u64 = (1 << 40) - 1;
+    let bench = Bench::new();
+    let receiver = bench.receiver();
+    let big = File::create_new(bench.path("big.log")).expect("a file");
+    big.set_len(END - 5000).expect("a hole");
+    bench.append("big.log", "passed over\n");
+    bench.write("neighbour.log", "passed over\n");
+    let arguments = ["big.log", "neighbour.log", "--start", "end"];
+    let mut sender = bench.sender(&receiver, &arguments);
+    wait_until("both are followed", PATIENCE, || sender.log().matches(" following").count() == 2);
+    let mut expected = Vec::new();
+    let mut size = bench.size_of("big.log");
+    for number in 0..2000 {
+        let line = format!("big {number}");
+        bench.append("big.log", format!("{line}\n"));
+        size += line.len() as u64 + 1;
+        if size <= END {
+            expected.push(line);
+        }
+    }
+    assert!((100..1000).contains(&expected.len()), "some end before, some behind");
+    sender.wait_for_log("not sent: the file goes on past 1 TiB");
+    bench.append("neighbour.log", lines("neighbour", 1000));
+    bench.append("big.log", lines("more", 10));
+    bench.wait_for_lines(expected.len() + 1000);
+    // Its successor is followed as any other file.
+    fs::rename(bench.path("big.log"), bench.path("big.log.1")).expect("rename");
+    bench.write("big.log", lines("successor", 1000));
+    expected.extend(["neighbour", "successor"].into_iter().flat_map(|tag| numbered(tag, 1000)));
+    bench.wait_for_lines(expected.len());
+    assert!(sender.stop().success());
+    let log = sender.log();
+    assert_eq!(log.matches(" connected").count(), 1, "{log}");
+    assert_eq!(log.matches("not sent:").count(), 1, "{log}");
+    assert!(
+        log.lines().any(|line| line.contains("not sent:") && line.contains("big.log")),
+        "{log}"
+    );
+    let finished = bench.send_once(&receiver, &arguments);
+    assert_eq!(finished.status.code(), Some(1), "{}", finished.stderr);
+    bench.assert_lines(expected);
 }

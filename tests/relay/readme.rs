@@ -1,10 +1,14 @@
 //! The README is true: its commands run as written, in order, and print what it shows (see `support::pages`).
 
+use std::fs;
 use std::net::TcpStream;
 use std::process::Command;
 
+use clap::Parser as _;
+use waybill::cli::Cli;
+
 use super::support::pages::Page;
-use super::support::servers::{free_port, wait_until};
+use super::support::servers::{free_port, root, wait_until};
 use super::support::waybill::PATIENCE;
 
 /// `None` where a word is the same in each run.
@@ -34,6 +38,24 @@ fn every_command_of_the_readme_does_what_it_shows() {
     });
     while page.len() > 0 {
         page.next("");
+    }
+}
+
+/// The commands that stand alone, for machines that a test does not have: each is one that the program takes.
+#[test]
+fn every_indented_command_of_the_readme_is_taken() {
+    let text = fs::read_to_string(root().join("README.md")).expect("the README");
+    let indented: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("    ")).collect();
+    let joined = indented.join("\n").replace("\\\n", " ");
+    let commands: Vec<&str> = joined.lines().filter(|line| line.starts_with("waybill ")).collect();
+    assert!(commands.len() >= 8, "only {commands:?}");
+    for command in commands {
+        let words =
+            command.split_whitespace().take_while(|word| !["#", ">", "|", "&"].contains(word));
+        let words: Vec<&str> = words.map(|word| word.trim_matches('\'')).collect();
+        if let Err(error) = Cli::try_parse_from(&words) {
+            panic!("{command}\n{error}");
+        }
     }
 }
 

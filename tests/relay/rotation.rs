@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::Path;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use serde_json::Value;
 
@@ -297,47 +297,6 @@ fn a_short_generation_that_came_and_went_unseen_is_sent_when_it_has_settled() {
 pub fn set_modified(bench: &Bench, name: &str, time: SystemTime) {
     let file = File::options().write(true).open(bench.path(name)).expect("open");
     file.set_modified(time).expect("time");
-}
-
-#[test]
-fn across_midnight_each_line_lies_in_the_index_of_its_day() {
-    const DAY: Duration = Duration::from_secs(24 * 3600);
-    for up in [true, false] {
-        let bench = Bench::new();
-        let receiver = bench.receiver();
-        bench.write("app.log", lines("yesterday", 500));
-        set_modified(&bench, "app.log", SystemTime::now() - DAY);
-        let mut sender = bench.sender(&receiver, &["app.log"]);
-        bench.wait_for_lines(500);
-        if !up {
-            // Whatever stood in the file when its row opened is receipted: a new row opens with
-            // the first line of the new day.
-            assert!(sender.stop().success());
-        }
-        bench.append("app.log", lines("today", 500));
-        if !up {
-            sender = bench.sender(&receiver, &["app.log"]);
-        }
-        bench.wait_for_lines(1000);
-        bench.append("app.log", lines("more", 500));
-        bench.wait_for_lines(1500);
-        assert!(sender.stop().success());
-        bench.assert_lines(several(&["yesterday", "today", "more"], 500));
-        let mut days = std::collections::BTreeMap::<String, Vec<String>>::new();
-        for line in bench.stored() {
-            let text = |value: &serde_json::Value| value.as_str().expect("text").to_owned();
-            days.entry(text(&line["_index"])).or_default().push(text(&line["message"]));
-        }
-        assert_eq!(days.len(), 2, "{:?}", days.keys());
-        let (_, first) = days.first_key_value().expect("two");
-        let (_, second) = days.last_key_value().expect("two");
-        assert!(first.iter().any(|line| line.starts_with("yesterday")));
-        assert!(!second.iter().any(|line| line.starts_with("yesterday")));
-        assert!(!first.iter().any(|line| line.starts_with("more")), "up: {up}");
-        if up {
-            assert!(!first.iter().any(|line| line.starts_with("today")));
-        }
-    }
 }
 
 #[test]

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use crate::support::documents::prefix;
 use crate::support::servers::{
     Elasticsearch, Nginx, SyslogNg, free_port, http, root, spawn_bound, wait_until,
 };
@@ -30,13 +31,14 @@ fn shared_elasticsearch_answers_a_repeated_create_with_409() {
     let Some(elasticsearch) = Elasticsearch::shared_8_17() else {
         return;
     };
-    let (status, answer) = elasticsearch.bulk(&creates("smoke-repeat", 0..1));
+    let index = &prefix("smoke-repeat");
+    let (status, answer) = elasticsearch.bulk(&creates(index, 0..1));
     assert_eq!((status, &answer["items"][0]["create"]["status"]), (200, &json!(201)), "{answer}");
-    let (status, answer) = elasticsearch.bulk(&creates("smoke-repeat", 0..2));
+    let (status, answer) = elasticsearch.bulk(&creates(index, 0..2));
     assert_eq!(status, 200);
     assert_eq!(answer["items"][0]["create"]["status"], 409);
     assert_eq!(answer["items"][1]["create"]["status"], 201);
-    assert_eq!(elasticsearch.count("smoke-repeat"), 2);
+    assert_eq!(elasticsearch.count(index), 2);
 }
 
 #[test]
@@ -44,13 +46,14 @@ fn every_document_is_read_back_over_several_pages() {
     let Some(elasticsearch) = Elasticsearch::shared_8_17() else {
         return;
     };
+    let index = &prefix("smoke-pages");
     for start in (0..25_000).step_by(5_000) {
-        let (status, answer) = elasticsearch.bulk(&creates("smoke-pages", start..start + 5_000));
+        let (status, answer) = elasticsearch.bulk(&creates(index, start..start + 5_000));
         assert_eq!((status, &answer["errors"]), (200, &json!(false)));
     }
     let expected: Vec<String> = (0..25_000).map(|id| format!("{id:06}")).collect();
-    assert_eq!(elasticsearch.all_ids("smoke-pages"), expected);
-    let documents = elasticsearch.all_documents("smoke-pages");
+    assert_eq!(elasticsearch.all_ids(index), expected);
+    let documents = elasticsearch.all_documents(index);
     assert_eq!(documents.len(), expected.len());
     assert_eq!(documents["024999"], json!({"n": 24_999}));
     assert!(elasticsearch.all_ids("smoke-absent").is_empty());

@@ -2,10 +2,10 @@
 
 use serde_json::{Value, json};
 
-use crate::support::documents::prefix;
+use crate::support::documents::{Cleanup, age, prefix, receipts};
 use crate::support::servers::Elasticsearch;
 use crate::support::store::run;
-use crate::support::waybill::{Finished, waybill};
+use crate::support::waybill::{Bench, Finished, waybill};
 
 /// `waybill setup` for the rule and the dead letter of a prefix.
 fn setup(prefix: &str, arguments: &[&str]) -> Finished {
@@ -74,7 +74,9 @@ fn what_is_printed_needs_no_server_and_is_what_setup_puts() {
     let Some(node) = Elasticsearch::shared_8_17() else {
         return;
     };
-    what_is_printed_is_what_is_put(node, &prefix("printed"));
+    let prefix = prefix("printed");
+    let _cleanup = Cleanup::of(node, &prefix);
+    what_is_printed_is_what_is_put(node, &prefix);
 }
 
 #[test]
@@ -84,6 +86,7 @@ fn two_rules_on_one_cluster_keep_their_templates() {
     };
     // The wildcard of the first covers all that the second can make, its dead letter too.
     let wide = prefix("rules");
+    let _cleanup = Cleanup::of(node, &wide);
     let narrow = format!("{wide}-eu");
     for rule in [&wide, &narrow, &wide] {
         let said = setup(rule, &["--elasticsearch", &node.url()]).stderr;
@@ -115,4 +118,37 @@ fn two_rules_on_one_cluster_keep_their_templates() {
         assert_eq!(mappings["dynamic"], "false", "{index}");
         assert_eq!(mappings["properties"][field]["type"], "text", "{index}");
     }
+}
+
+/// Under the template fields have their types, and a line of 1 MiB fits.
+#[test]
+fn lines_are_stored_typed_and_found() {
+    let Some(node) = Elasticsearch::shared_8_17() else {
+        return;
+    };
+    let prefix = prefix("typed");
+    let _cleanup = Cleanup::of(node, &prefix);
+    setup(&prefix, &["--elasticsearch", &node.url()]);
+    let bench = Bench::new();
+    let line =
+        r#"{"ip":"192.0.2.1","status":404,"n":1.5,"word":"w","flag":true,"message":"hello"}"#;
+    bench.write("app.log", format!("{line}\n{}\n", "x".repeat(1 << 20)));
+    let index = format!("{prefix}-default-{}", age(&bench.path("app.log")));
+    let receiver = bench.receiver_into(&node.url(), &prefix);
+    bench.send_once(&receiver, &["app.log", "--receipts", "receipts.jsonl"]).ok();
+    let verdicts = receipts(&bench.path("receipts.jsonl"));
+    assert_eq!(verdicts.values().collect::<Vec<_>>(), ["stored", "stored"]);
+    assert_eq!(node.count(&index), 2);
+    let query = json!({ "query": { "bool": { "filter": [
+        { "term": { "source.ip": "192.0.2.0/24" } },
+        { "range": { "http.response.status_code": { "gte": 400 } } },
+        { "term": { "json.word": "w" } },
+        { "term": { "json.flag": "true" } },
+        { "range": { "json.n": { "gt": 1 } } },
+        { "match": { "message": "hello" } },
+    ] } } });
+    let (status, found) = node.request("POST", &format!("/{index}/_search"), &query);
+    assert_eq!((status, &found["hits"]["total"]["value"]), (200, &json!(1)), "{found}");
+    let id = found["hits"]["hits"][0]["_id"].as_str().expect("an id");
+    assert!(verdicts.contains_key(id), "{found}");
 }

@@ -6,6 +6,7 @@ use std::process::Command;
 
 use serde_json::Value;
 
+use super::support::documents::{Cleanup, prefix};
 use super::support::servers::{Elasticsearch, wait_until};
 use super::support::waybill::{Bench, PATIENCE, lines, numbered};
 
@@ -19,8 +20,10 @@ fn copy(from: &Path, to: &Path) {
 fn a_million_lines_and_a_copied_state_directory_leave_a_million_documents() {
     const LINES: u64 = 1_000_000;
     let Some(elasticsearch) = Elasticsearch::shared_8_17() else { return };
+    let prefix = prefix("million");
+    let _cleanup = Cleanup::of(elasticsearch, &prefix);
     let bench = Bench::new();
-    let receiver = bench.receiver_into(&elasticsearch.url(), "million");
+    let receiver = bench.receiver_into(&elasticsearch.url(), &prefix);
     let text: String = (1..=LINES).map(|number| format!("line {number}\n")).collect();
     bench.write("f", text);
     let arguments = ["f", "--once", "--receipts", "receipts.jsonl"];
@@ -30,12 +33,12 @@ fn a_million_lines_and_a_copied_state_directory_leave_a_million_documents() {
     assert!(sender.is_running(), "copied while it sends");
     wait_until("the sender ends", 3 * PATIENCE, || !sender.is_running());
     assert!(sender.wait().success());
-    assert_eq!(elasticsearch.count("million-default-*"), LINES);
+    assert_eq!(elasticsearch.count(&format!("{prefix}-default-*")), LINES);
     fs::remove_dir_all(bench.path("state")).expect("remove");
     fs::rename(bench.path("copied"), bench.path("state")).expect("rename");
     bench.send_once(&receiver, &["f"]).ok();
-    assert_eq!(elasticsearch.count("million-default-*"), LINES);
-    assert_eq!(elasticsearch.count("million-dead"), 0);
+    assert_eq!(elasticsearch.count(&format!("{prefix}-default-*")), LINES);
+    assert_eq!(elasticsearch.count(&format!("{prefix}-dead")), 0);
 }
 
 #[test]

@@ -7,6 +7,7 @@ use std::time::Instant;
 use tracing::{info, warn};
 
 use super::{End, FINISHED_AFTER, Stream};
+use crate::record::END_MAX;
 use crate::sender::kept::Kept;
 use crate::sender::origin::Origin;
 use crate::source::files::fingerprint::prefix;
@@ -63,7 +64,7 @@ impl Stream {
         }
         self.size_seen = Some(size);
         if self.flags.moved.load(Ordering::Relaxed) {
-            self.keep(size)?;
+            self.keep(size.min(END_MAX))?;
         }
         self.note_progress();
         Ok(None)

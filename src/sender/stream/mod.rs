@@ -135,6 +135,8 @@ pub struct Stream {
     /// A disk operation failed: not before this instant again.
     retry_at: Option<Instant>,
     failed: bool,
+    /// What follows in the file cannot be sent; has been said.
+    is_past_end: bool,
     lag: Arc<Lag>,
     /// An index refuses lines, and since then nothing else came through.
     refusal: Option<Refusal>,
@@ -226,7 +228,9 @@ impl Stream {
         self.note_progress();
         let stamp = match self.origin.as_deref() {
             // It is left alone until it changes.
-            Some(Origin::File(file)) if end == End::Failed => file.tail.stamp().ok(),
+            Some(Origin::File(file)) if end == End::Failed || self.is_past_end => {
+                file.tail.stamp().ok()
+            }
             _ => self.rest_stamp(),
         };
         let front = self.segments.front();

@@ -82,6 +82,7 @@ impl Stream {
             unfinished: false,
             retry_at: None,
             failed: false,
+            is_past_end: false,
             refusal: None,
             lag,
         };

@@ -205,6 +205,11 @@ impl Stream {
                 }
                 self.ready = false;
             }
+            Read::PastEndMax => {
+                self.report_past_end(number);
+                self.failed = true;
+                self.ready = false;
+            }
             Read::Partial(length) => {
                 let finished = length > 0 && newest && self.is_finished();
                 self.unfinished = length > 0 && !finished;
@@ -222,6 +227,18 @@ impl Stream {
             }
         }
         Step::Goes
+    }
+
+    /// The file grew past what a segment can hold, and no offset behind that has an id (I4). The
+    /// stream stays, so that the file is followed to its rotation as any other.
+    fn report_past_end(&mut self, number: usize) {
+        if std::mem::replace(&mut self.is_past_end, true) {
+            return;
+        }
+        let segment = &self.segments[number];
+        error!(path = %segment.entry.row.path, from = segment.window.frontier(),
+            "not sent: the file goes on past 1 TiB (2^40 bytes), where lines have no ids; rotate \
+             it, and what its successor holds is sent");
     }
 
     /// Moves over bytes that become no document.

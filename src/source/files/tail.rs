@@ -12,8 +12,12 @@ use rustix::io::Errno;
 use thiserror::Error;
 
 use crate::descriptors;
-use crate::record::Day;
+use crate::record::framing::{RECORD_BYTES_MAX, Whole};
+use crate::record::{Day, END_MAX, Framing};
 use crate::state::Stamp;
+
+/// How far back from an offset the newline before it is sought.
+const BOUNDARY_SCAN_BYTES: u64 = 16 * RECORD_BYTES_MAX as u64;
 
 /// Why a file is not followed.
 #[derive(Debug, Error)]
@@ -223,20 +227,43 @@ impl Tail {
         Ok(Stamp::of(&self.file.metadata()?))
     }
 
-    /// The end of the last record that ends with a newline before `end`, not before `floor`.
+    /// The end of the last whole record before `end`, not before `floor`, which is the end of one;
+    /// and never past what a segment can hold.
+    ///
+    /// A process that dies before the boundary is durable leaves its successor another floor, and
+    /// nothing that it sent may lie astride the boundary found then (I3). So records are counted
+    /// from the newline before `end` as frames count them, whatever the floor. A hole, or a line
+    /// without end, must not hold up the sender: the newline is sought for
+    /// [`BOUNDARY_SCAN_BYTES`]. Where there is none, they are counted from a multiple of their
+    /// limit in the file, which is the same at each computation. NUL bytes have no ids; of a line
+    /// as long as that, one piece may be stored twice after a crash, in two lengths.
     pub fn last_boundary(&mut self, floor: u64, end: u64) -> io::Result<u64> {
-        let mut buffer = vec![0; 64 << 10];
-        let mut end = end;
-        while end > floor {
-            let start = end.saturating_sub(buffer.len() as u64).max(floor);
-            let wanted = (end - start) as usize;
-            let read = self.read_at(start, &mut buffer[..wanted])?;
-            if let Some(newline) = memchr::memrchr(b'\n', &buffer[..read]) {
-                return Ok(start + newline as u64 + 1);
+        let limit = RECORD_BYTES_MAX as u64;
+        let end = end.min(END_MAX).max(floor);
+        let start = (end.saturating_sub(BOUNDARY_SCAN_BYTES) / limit * limit).max(floor);
+        let mut at = self.last_newline(start, end)?.map_or(start, |newline| newline + 1);
+        let mut buffer = vec![0; RECORD_BYTES_MAX + 1];
+        loop {
+            let wanted = (end - at).min(buffer.len() as u64) as usize;
+            let read = self.read_at(at, &mut buffer[..wanted])?;
+            match Framing::LINES.whole(&buffer[..read]) {
+                Whole::Bytes(length) => at += length as u64,
+                Whole::Needs(_) | Whole::Corrupt => return Ok(at),
             }
-            end = start;
         }
-        Ok(floor)
+    }
+
+    fn last_newline(&mut self, start: u64, mut end: u64) -> io::Result<Option<u64>> {
+        let mut buffer = vec![0; 64 << 10];
+        while end > start {
+            let from = end.saturating_sub(buffer.len() as u64).max(start);
+            let read = self.read_at(from, &mut buffer[..(end - from) as usize])?;
+            if let Some(newline) = memchr::memrchr(b'\n', &buffer[..read]) {
+                return Ok(Some(from + newline as u64));
+            }
+            end = from;
+        }
+        Ok(None)
     }
 }
 
@@ -425,5 +452,50 @@ mod tests {
         let mut tail = Tail::open(&path, false).expect("open");
         assert_eq!(tail.last_boundary(0, text.len() as u64).expect("scan"), 6);
         assert_eq!(tail.last_boundary(10, text.len() as u64).expect("scan"), 10);
+    }
+
+    #[test]
+    fn the_last_boundary_is_where_frames_cut_whatever_was_sent() {
+        const LIMIT: u64 = RECORD_BYTES_MAX as u64;
+        let dir = tempfile::tempdir().expect("a folder");
+        let path = dir.path().join("file");
+        let file = File::create_new(&path).expect("a file");
+        let x = vec![b'x'; 3 * RECORD_BYTES_MAX + 7];
+        file.write_all_at(b"first\n", 0).expect("write");
+        file.write_all_at(&x, 6).expect("write");
+        let mut tail = Tail::open(&path, false).expect("open");
+        for sent in [0, 6, 6 + LIMIT, 6 + 2 * LIMIT, 6 + 3 * LIMIT] {
+            let at = tail.last_boundary(sent, 6 + x.len() as u64).expect("scan");
+            assert_eq!(at, 6 + 3 * LIMIT, "sent up to {sent}");
+        }
+        // NUL bytes are a record, and a line may start behind them.
+        file.write_all_at(b"\n\0\0\0end", 6 + x.len() as u64).expect("write");
+        let end = tail.size().expect("size");
+        assert_eq!(tail.last_boundary(0, end).expect("scan"), end - 3);
+    }
+
+    /// A hole of 1 TiB held a sender up for minutes.
+    #[test]
+    fn a_boundary_is_not_sought_without_end() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let path = dir.path().join("file");
+        let file = File::create_new(&path).expect("a file");
+        let end = 32 << 30;
+        file.write_all_at(b"first\nbegun", 0).expect("write");
+        file.set_len(end).expect("a hole");
+        let mut tail = Tail::open(&path, false).expect("open");
+        assert_eq!(tail.last_boundary(0, end).expect("scan"), end);
+        file.write_all_at(b"last", end).expect("write");
+        assert_eq!(tail.last_boundary(0, end + 4).expect("scan"), end);
+        // Without a hole either: then the cut is a multiple of the limit.
+        let long = vec![b'x'; 2 * BOUNDARY_SCAN_BYTES as usize];
+        file.write_all_at(&long, end + 4).expect("write");
+        let size = tail.size().expect("size");
+        for floor in [0, end, end + (1 << 20)] {
+            let at = tail.last_boundary(floor, size).expect("scan");
+            assert_eq!(at, end + long.len() as u64, "not before {floor}");
+        }
+        file.set_len(END_MAX + 10).expect("a larger hole");
+        assert_eq!(tail.last_boundary(0, END_MAX + 10).expect("scan"), END_MAX);
     }
 }

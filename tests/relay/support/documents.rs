@@ -3,18 +3,53 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::Path;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, SystemTime};
 
 use serde_json::Value;
 
-use super::servers::{Elasticsearch, wait_until};
+use super::servers::{Elasticsearch, http, wait_until};
 use super::waybill::PATIENCE;
 
 /// A prefix of index names that no other test or run uses.
 pub fn prefix(name: &str) -> String {
     static NUMBER: AtomicU32 = AtomicU32::new(0);
-    format!("t{}-{}-{name}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed))
+    // A server may outlive the runs, and process ids come again.
+    static RUN: OnceLock<String> = OnceLock::new();
+    let run = RUN.get_or_init(|| {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("after 1970");
+        format!("{:x}-{}", now.as_millis(), std::process::id())
+    });
+    format!("t{run}-{}-{name}", NUMBER.fetch_add(1, Ordering::Relaxed))
+}
+
+/// Deletes a test's templates and indices, by the prefix of their names, at a server that may outlive it.
+pub struct Cleanup<'a> {
+    node: &'a Elasticsearch,
+    prefix: String,
+}
+
+impl<'a> Cleanup<'a> {
+    pub fn of(node: &'a Elasticsearch, prefix: &str) -> Cleanup<'a> {
+        Cleanup { node, prefix: prefix.to_owned() }
+    }
+}
+
+impl Drop for Cleanup<'_> {
+    fn drop(&mut self) {
+        // A test that failed is not to be ended a second time.
+        let ask = |method: &str, path: &str| {
+            http(self.node.host_port(), method, path, "application/json", b"").map(|(_, text)| text)
+        };
+        let prefix = &self.prefix;
+        let _ = ask("DELETE", &format!("/_index_template/*{prefix}*"));
+        // Wildcards are refused for indices.
+        let indices = ask("GET", &format!("/_cat/indices/{prefix}*?h=index")).unwrap_or_default();
+        for index in indices.split_whitespace().filter(|index| index.starts_with(prefix)) {
+            let _ = ask("DELETE", &format!("/{index}"));
+        }
+    }
 }
 
 /// Waits until the indices hold so many documents, and looks that they do not hold more.

@@ -1,8 +1,7 @@
 //! The whole destination at work: a server that is scripted per test, with real sockets and real
-//! HTTP, and, where one is named, a real Elasticsearch.
+//! HTTP. What real servers answer is tested in `tests/relay`.
 
 mod keyed;
-mod real;
 mod rules;
 
 use std::sync::{Arc, Mutex};

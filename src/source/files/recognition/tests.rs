@@ -154,12 +154,22 @@ fn renamed_and_compressed_while_down() {
     let old = lines("old", 500);
     folder.write("a.log", &old);
     let lost = [folder.known("a.log", &old, 1000)];
-    folder.write("a.log-20261120.gz", &gzip(&old));
     folder.write("a.log", b"new\n");
-    assert_eq!(
-        folder.decide(&["a.log"], &lost, &[]),
-        ["a.log is new", "a.log-20261120.gz continues 0"]
-    );
+    let mut xz = liblzma::write::XzEncoder::new(Vec::new(), 1);
+    xz.write_all(&old).expect("xz");
+    for (ending, archive) in [
+        ("gz", gzip(&old)),
+        ("zst", zstd::bulk::compress(&old, 1).expect("zstd")),
+        ("xz", xz.finish().expect("xz")),
+    ] {
+        let name = format!("a.log-20261120.{ending}");
+        folder.write(&name, &archive);
+        assert_eq!(
+            folder.decide(&["a.log"], &lost, &[]),
+            ["a.log is new".to_owned(), format!("{name} continues 0")]
+        );
+        fs::remove_file(folder.path(&name)).expect("remove");
+    }
 }
 
 #[test]
@@ -493,4 +503,21 @@ fn an_archive_of_a_run_in_hand_is_not_another_ones() {
         folder.decide(&["a.log"], &lost, &held),
         ["a.log continues 0", "a.log.1.gz is a copy"]
     );
+}
+
+/// Nothing else tells two runs of equal bytes apart: the one that was opened first goes first, however they are listed.
+#[test]
+fn of_runs_that_fit_alike_the_oldest_goes_on() {
+    let folder = Folder::new();
+    let text = lines("line", 500);
+    let mut lost = Vec::new();
+    for name in ["gone1", "gone2"] {
+        folder.write("a.log", &text);
+        lost.push(folder.known("a.log", &text, 1000));
+        folder.rename("a.log", name);
+    }
+    folder.write("a.log.1.gz", &gzip(&text));
+    assert_eq!(folder.decide(&[], &lost, &[]), ["a.log.1.gz continues 0"]);
+    lost.reverse();
+    assert_eq!(folder.decide(&[], &lost, &[]), ["a.log.1.gz continues 1"]);
 }
