@@ -129,7 +129,8 @@ fn lines_flow_to_the_next_receiver_while_one_drains() {
     write("held.log");
     wait_until("the first receiver waits", PATIENCE, || slow.held() > 0);
     receivers[0].process().signal("-TERM");
-    sender.wait_for_log("the receiver is about to stop");
+    let followed = format!("connected receiver={}", receivers[1].url());
+    sender.wait_for_log(&followed);
     // One after the other, until some of them have come through.
     wait_until("lines go through the other", PATIENCE, || {
         files.iter().for_each(|file| write(file));
@@ -141,7 +142,7 @@ fn lines_flow_to_the_next_receiver_while_one_drains() {
     sender.wait_for_log(CLOSED);
     let log = sender.log();
     let at = |text: &str| log.find(text).unwrap_or_else(|| panic!("no {text:?} in {log}"));
-    assert!(at(&format!("connected receiver={}", receivers[1].url())) < at(CLOSED), "{log}");
+    assert!(at(&followed) < at(CLOSED), "{log}");
     assert_each_once(node, &pattern, expected);
     assert!(sender.stop().success());
 }
