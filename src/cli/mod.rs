@@ -105,9 +105,17 @@ Examples:
       --tokens /etc/waybill/receivers.toml
 
   Everything in a file, as the packaged service does:
-    waybill send --config /etc/waybill/sender.toml
+    waybill send --config /etc/waybill/send.toml
 
-Flags go before keys of the file. Files and sockets named here are sent instead of the file's.")]
+Flags go before keys of the file. Files and sockets named here are sent instead of the file's.
+
+Signals:
+  SIGTERM, SIGINT  stop reading, wait up to --drain-timeout for receipts, end; a second one ends at once
+  SIGHUP           put a changed --config file in force, or refuse it and go on as before
+
+systemd: waybill-send.service is ready (Type=notify) when the state is open and the sockets are bound, is reloaded by \
+'systemctl reload' and watched (WatchdogSec=). Sockets of waybill-send.socket are found by their path (LISTEN_FDS). Secrets \
+are credentials (LoadCredential=), copies made at the start: after a rotation, 'systemctl restart'.")]
 pub struct Send {
     /// Files, quoted patterns such as '/var/log/nginx/*.log', or '-' for standard input
     #[arg(value_name = "FILE|PATTERN|-")]
@@ -308,7 +316,17 @@ Examples:
     waybill receive --dial web-1=wss://web-1.example.com:8443/ --token-file token-for-the-receiver \\
       --tokens /etc/waybill/tokens.toml --ca ca.pem
 
-Flags go before keys of the file.")]
+Flags go before keys of the file.
+
+Any WebSocket client can hand over lines: under the subprotocol waybill.text.v1 each text message is one line, and each \
+answer one JSON receipt with the document's id. docs/protocol.md shows clients in Python and Node.
+
+Signals:
+  SIGTERM, SIGINT  take nothing new, answer what has come, end; a second one ends at once
+  SIGHUP           put a changed --config file in force, or refuse it and go on as before
+
+systemd: waybill-receive.service is ready (Type=notify) when it listens, is reloaded by 'systemctl reload' and watched \
+(WatchdogSec=). Whether the destination answers stands in /health/ready.")]
 pub struct Receive {
     /// Read all of this from a TOML file
     #[arg(long, value_name = "FILE")]

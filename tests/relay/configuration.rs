@@ -1,10 +1,12 @@
 //! A configuration that is wrong: the file, the line, and what is allowed; exit code 78, and 2 for a command line.
 
+use std::fs;
 use std::net::TcpListener;
+use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 
 use crate::support::store::run;
-use crate::support::waybill::{Bench, Finished, waybill};
+use crate::support::waybill::{Bench, Finished, Process, waybill};
 
 fn command(subcommand: &str) -> Command {
     let mut command = waybill();
@@ -81,6 +83,37 @@ fn a_port_in_use_is_said_with_its_address() {
     receive.args(["--listen", &address, "--tokens"]).arg(bench.path("tokens.toml"));
     receive.arg("--store").arg(bench.path("store.sqlite"));
     refused(&run(receive), 1, &[&address, "in use"]);
+}
+
+#[test]
+fn a_second_receiver_on_a_unix_socket_leaves_the_first_alone() {
+    let bench = Bench::new();
+    bench.token("test");
+    let socket = bench.path("receive.sock").display().to_string();
+    let receive = |store: &str| {
+        let mut command = command("receive");
+        command.args(["--listen", &format!("unix:{socket}"), "--tokens"]);
+        command.arg(bench.path("tokens.toml")).arg("--store").arg(bench.path(store));
+        command
+    };
+    let sends = |line: &str| {
+        bench.append("app.log", format!("{line}\n"));
+        run(bench.send_command(&format!("ws+unix:{socket}"), &["app.log", "--once"])).ok();
+        assert!(bench.messages().contains(&line.to_owned()));
+    };
+    let log = |name: &str| bench.path(name);
+    let mut first = Process::start("first", receive("store.sqlite"), log("first.log"));
+    first.wait_for_log(" listening");
+    let inode = || fs::symlink_metadata(&socket).expect("the socket").ino();
+    let before = inode();
+    refused(&run(receive("other.sqlite")), 1, &["receive.sock", "in use by another process"]);
+    assert_eq!(inode(), before, "the socket is another one");
+    sends("to the first");
+    assert!(first.stop().success());
+    let mut second = Process::start("second", receive("store.sqlite"), log("second.log"));
+    second.wait_for_log(" listening");
+    sends("to the second");
+    assert!(second.stop().success());
 }
 
 #[test]

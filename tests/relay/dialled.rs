@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::process::{Command, ExitStatus};
 use std::time::Duration;
 
+use crate::certificates::Authority;
 use crate::support::servers::{Nginx, free_port, have, root, skip, wait_until};
 use crate::support::store::{assert_slow_retries, run, wait_for_lines};
 use crate::support::waybill::{
@@ -280,6 +281,37 @@ fn a_wrong_token_is_said_on_both_sides_and_mended_without_a_restart() {
     bench.write("central.token", fresh);
     wait_for_lines(bench, 101);
     bench.assert_lines(numbered("line", 101));
+    assert!(sender.stop().success());
+}
+
+/// The certificate of a sender that listens is renewed: open connections go on, new ones are shown the new one.
+#[test]
+fn a_replaced_certificate_is_shown_to_receivers_that_dial_anew() {
+    let mut reversed = Reversed::new();
+    let folder = reversed.bench.path("");
+    let others = folder.join("others");
+    fs::create_dir(&others).expect("a folder");
+    Authority::new(&folder).sign(&folder, "localhost", |_| {});
+    reversed.ca = folder.join("trusted.pem");
+    let port = free_port();
+    reversed.bench.write("app.log", lines("line", 100));
+    let mut sender = reversed.sender(port, &["app.log"]);
+    let mut first = reversed.receiver(&[&dial(port)]);
+    wait_for_lines(&reversed.bench, 100);
+    // Another authority's: what it is shown tells a new connection apart from the old one.
+    Authority::new(&others).sign(&folder, "localhost", |_| {});
+    sender.wait_for_log("certificate taken over");
+    reversed.bench.append("app.log", "line 100\n");
+    wait_for_lines(&reversed.bench, 101);
+    assert_eq!(first.log().matches("dialled").count(), 1, "{}", first.log());
+    assert!(first.stop().success());
+
+    reversed.ca = others.join("trusted.pem");
+    reversed.bench.append("app.log", "line 101\n");
+    let mut second = reversed.receiver(&[&dial(port)]);
+    wait_for_lines(&reversed.bench, 102);
+    reversed.bench.assert_lines(numbered("line", 102));
+    assert!(second.stop().success());
     assert!(sender.stop().success());
 }
 

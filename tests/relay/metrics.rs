@@ -182,6 +182,41 @@ fn what_waits_for_a_receiver_shows_as_lag_and_a_parked_line_as_parked() {
     assert!(sender.stop().success());
 }
 
+/// Lines are on their way when the store is locked and then the receiver killed: not ready, and sent again.
+#[test]
+fn a_locked_store_is_not_ready_and_what_was_on_its_way_counts_as_resent() {
+    let bench = Bench::new();
+    let (at_sender, at_receiver) = (free_port(), free_port());
+    let mut receiver = metered_receiver(&bench, at_receiver);
+    bench.write("app.log", "line 0\n");
+    let mut sender = metered_sender(&bench, &receiver, at_sender, SOURCES);
+    bench.wait_for_lines(1);
+    assert_eq!(ready(at_receiver).0, 200);
+    let store = rusqlite::Connection::open(bench.path("store.sqlite")).expect("the store");
+    store.execute_batch("BEGIN IMMEDIATE").expect("locked");
+    bench.append("app.log", "line 1\n");
+    wait_until("it is not ready", PATIENCE, || ready(at_receiver).0 == 503);
+    // The process is well.
+    for port in [at_receiver, at_sender] {
+        let live = http(&format!("127.0.0.1:{port}"), "GET", "/health/live", "text/plain", b"");
+        assert_eq!(live.expect("an answer"), (200, "live\n".to_owned()));
+    }
+    receiver.kill_hard();
+    store.execute_batch("ROLLBACK").expect("given back");
+    receiver.start();
+    bench.wait_for_lines(2);
+    assert_eq!(ready(at_receiver).0, 200);
+    wait_until("the receipt has come", PATIENCE, || {
+        Scrape::of(at_sender).get("waybill_lag_bytes{source=\"app\"}") == 0.0
+    });
+    let line = "line 1\n".len() as f64;
+    let sent = Scrape::of(at_sender).get("waybill_resent_bytes_total{source=\"app\"}");
+    let received = Scrape::of(at_receiver).get("waybill_resent_bytes_total{sender=\"test\"}");
+    assert!(sent >= line && received >= line, "{sent} and {received}");
+    assert!(sender.stop().success());
+    bench.assert_lines(["line 0".to_owned(), "line 1".to_owned()]);
+}
+
 #[test]
 fn a_wrong_token_is_counted_by_its_status() {
     let bench = Bench::new();

@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::support::network::{FAR, Wire};
+use waybill::protocol::DEAD_AFTER;
+
+use crate::support::network::{FAR, NEAR, Wire};
 use crate::support::servers::have;
 use crate::support::waybill::{Bench, Certificates, Process, lines, numbered, waybill};
 
@@ -37,6 +39,15 @@ fn send(bench: &Bench, to: &str, arguments: &[&str]) -> Command {
     let mut command = bench.send_command(&format!("wss://{to}/"), arguments);
     command.arg("--ca").arg(ca);
     command
+}
+
+/// Silence is noticed by the pings, and what follows is a matter of seconds: without them, TCP itself would take a quarter
+/// of an hour.
+#[track_caller]
+fn assert_within_the_bound(since: Instant) {
+    const SLACK: Duration = Duration::from_secs(30);
+    let took = since.elapsed();
+    assert!(took < DEAD_AFTER + SLACK, "{took:?}");
 }
 
 #[test]
@@ -73,9 +84,11 @@ fn a_half_open_connection_is_noticed_by_both_sides() {
     let mut sender = Process::start("sender", wire.near(&command), bench.path("sender.log"));
     bench.wait_for_lines(100);
     wire.cut();
+    let cut = Instant::now();
     bench.append("app.log", lines("meanwhile", 100));
     sender.wait_for_log("the receiver was silent for too long");
     receiver.wait_for_log("connection dead");
+    assert_within_the_bound(cut);
     wire.mend();
     bench.append("app.log", lines("after", 100));
     bench.wait_for_lines(300);
@@ -99,9 +112,32 @@ fn a_receiver_that_moves_is_found_under_its_name() {
     wire.set_near_hosts(&format!("{FAR} {NAME}\n"));
     bench.wait_for_lines(100);
     wire.move_far(FAR, ELSEWHERE);
+    let moved = Instant::now();
     wire.set_near_hosts(&format!("{ELSEWHERE} {NAME}\n"));
     bench.append("app.log", lines("second", 100));
     bench.wait_for_lines(200);
+    assert_within_the_bound(moved);
+    assert!(sender.stop().success());
+    bench.assert_lines(numbered("first", 100).chain(numbered("second", 100)));
+}
+
+/// Its old connection has an address that nobody has any more.
+#[test]
+fn a_sender_that_moves_connects_from_its_new_address() {
+    const ELSEWHERE: &str = "10.83.0.78";
+    let Some(wire) = Wire::lay() else { return };
+    let bench = Bench::new();
+    let receiver = receiver(&bench, &wire, FAR);
+    bench.write("app.log", lines("first", 100));
+    let command = send(&bench, &format!("{FAR}:{PORT}"), &["app.log"]);
+    let mut sender = Process::start("sender", wire.near(&command), bench.path("sender.log"));
+    bench.wait_for_lines(100);
+    wire.move_near(NEAR, ELSEWHERE);
+    let moved = Instant::now();
+    bench.append("app.log", lines("second", 100));
+    bench.wait_for_lines(200);
+    receiver.wait_for_log("connection dead");
+    assert_within_the_bound(moved);
     assert!(sender.stop().success());
     bench.assert_lines(numbered("first", 100).chain(numbered("second", 100)));
 }

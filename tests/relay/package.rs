@@ -55,6 +55,13 @@ fn it_installs_upgrades_removes_and_purges_without_losing_what_is_not_its_own() 
         "cd /usr/share/man/man1 && zcat waybill.1.gz waybill-send.1.gz waybill-check-receive.1.gz",
     );
     assert!(pages.contains("token\\-file"), "{pages}");
+    for page in ["waybill-send", "waybill-receive"] {
+        let page = host.ok(&format!("zcat /usr/share/man/man1/{page}.1.gz"));
+        for word in ["SIGHUP", "Type=notify"] {
+            assert!(page.contains(word), "no {word} in {page}");
+        }
+    }
+    host.ok("zgrep -q waybill.text.v1 /usr/share/man/man1/waybill-receive.1.gz");
     let completed = "source /usr/share/bash-completion/completions/waybill; COMP_WORDS=(waybill se); COMP_CWORD=1; \
                      _waybill waybill se waybill; echo ${COMPREPLY[@]}";
     assert_eq!(host.ok(completed), "send search setup\n");

@@ -1,10 +1,14 @@
 //! Several receivers into one Elasticsearch: they may go and come as they like.
 
+use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use crate::support::documents::{prefix, receipts, wait_for_documents};
+use crate::support::proxy::Proxy;
 use crate::support::servers::{Elasticsearch, wait_until};
-use crate::support::waybill::{Bench, PATIENCE, Process, Random, Receiver, lines};
+use crate::support::store::run;
+use crate::support::waybill::{Bench, PATIENCE, Process, Random, Receiver, lines, waybill};
 
 const FILES: usize = 6;
 
@@ -93,6 +97,92 @@ fn a_receiver_that_drains_hands_over() {
         assert!(receivers.iter().all(whole), "each receiver answered what it had");
         assert_each_once(node, &format!("{prefix}-default-*"), expected);
     }
+}
+
+/// Its Elasticsearch keeps it waiting for answers. Meanwhile the next receiver is there, before the first has closed, and
+/// takes the lines of whatever waits for no answer; what does wait follows with its answers.
+#[test]
+fn lines_flow_to_the_next_receiver_while_one_drains() {
+    const CLOSED: &str = "the receiver closed the connection";
+    let Some(node) = Elasticsearch::shared_8_17() else { return };
+    let bench = Bench::new();
+    let prefix = prefix("pause");
+    let slow = Proxy::start(node.host_port(), &[]);
+    let (url, index) = (slow.url(), format!("{prefix}-{{type}}-{{yyyy.MM.dd}}"));
+    let draining = bench.receiver_with(move |command| {
+        command.args(["--elasticsearch", &url, "--index", &index, "--drain-timeout", "10m"]);
+    });
+    let mut receivers = [draining, bench.receiver_into(&node.url(), &prefix)];
+    let files = ["held.log", "free.log"];
+    files.iter().for_each(|file| drop(bench.write(file, "")));
+    let mut sender = sender(&bench, &receivers, &files);
+    let pattern = format!("{prefix}-default-*");
+    let mut expected = Vec::new();
+    let mut write = |file: &str| {
+        let line = format!("{file} {}", expected.len());
+        bench.append(file, format!("{line}\n"));
+        expected.push(line);
+    };
+    files.iter().for_each(|file| write(file));
+    wait_for_documents(node, &pattern, 2);
+    slow.hold();
+    write("held.log");
+    wait_until("the first receiver waits", PATIENCE, || slow.held() > 0);
+    receivers[0].process().signal("-TERM");
+    let followed = format!("connected receiver={}", receivers[1].url());
+    sender.wait_for_log(&followed);
+    // One after the other, until some of them have come through.
+    wait_until("lines go through the other", PATIENCE, || {
+        files.iter().for_each(|file| write(file));
+        node.count(&pattern) > 10
+    });
+    assert!(!sender.log().contains(CLOSED), "{}", sender.log());
+    slow.release();
+    assert!(receivers[0].process().wait().success());
+    sender.wait_for_log(CLOSED);
+    let log = sender.log();
+    let at = |text: &str| log.find(text).unwrap_or_else(|| panic!("no {text:?} in {log}"));
+    assert!(at(&followed) < at(CLOSED), "{log}");
+    assert_each_once(node, &pattern, expected);
+    assert!(sender.stop().success());
+}
+
+/// With `--balance` a file stays with its receiver, and each receiver has its share of the files.
+#[test]
+fn balance_gives_each_file_to_one_receiver() {
+    // All of them at one receiver: once in 2^39.
+    const FILES: usize = 40;
+    let bench = Bench::new();
+    let stores = [0, 1].map(|number| bench.path(&format!("store-{number}.sqlite")));
+    let receivers = stores.clone().map(|store| {
+        bench.receiver_with(move |command| {
+            command.arg("--store").arg(&store);
+        })
+    });
+    let mut sender = sender(&bench, &receivers, &["app-*.log", "--balance"]);
+    wait_until("both are connected", PATIENCE, || sender.log().matches(" connected").count() == 2);
+    let stored = |store: &PathBuf| -> Vec<String> {
+        let mut command = waybill();
+        command.args(["search", "--json", "--limit", "10000", "--store"]).arg(store);
+        let path = |line: &str| {
+            let hit: serde_json::Value = serde_json::from_str(line).expect("a document");
+            hit["log"]["file"]["path"].as_str().expect("a path").to_owned()
+        };
+        run(command).stdout.lines().map(path).collect()
+    };
+    for round in 1..=3 {
+        for number in 0..FILES {
+            bench.append(&format!("app-{number}.log"), lines(&format!("round {round}"), 5));
+        }
+        wait_until("all is stored", PATIENCE, || {
+            stores.iter().map(|store| stored(store).len()).sum::<usize>() == round * FILES * 5
+        });
+    }
+    let [first, second] = stores.map(|store| BTreeSet::from_iter(stored(&store)));
+    assert!(first.is_disjoint(&second), "{first:?} {second:?}");
+    assert!(!first.is_empty() && !second.is_empty(), "{} and {}", first.len(), second.len());
+    assert_eq!(first.len() + second.len(), FILES);
+    assert!(sender.stop().success());
 }
 
 /// Without `--balance` the first that answers is used, and the others while it is away.

@@ -55,10 +55,11 @@ fn page(language: &str) -> String {
 // --- The page --------------------------------------------------------------------------------------------------------
 
 #[test]
-fn ten_lines_of_python_ship_lines_and_get_their_ids() {
+fn nine_lines_of_python_ship_lines_and_get_their_ids() {
     let Some(python) = clients::python() else { return };
     let bench = Bench::new();
     let receiver = bench.receiver();
+    assert_eq!(page("python").lines().count(), 9, "as the README says");
     let script = bench.write("lines.py", page("python"));
     let mut command = Command::new(python);
     command.arg(script).arg(receiver.url() + "?type=nginx").arg(bench.path("test.token"));
@@ -71,11 +72,12 @@ fn ten_lines_of_python_ship_lines_and_get_their_ids() {
 }
 
 #[test]
-fn ten_lines_of_node_ship_lines_and_get_their_ids() {
+fn thirteen_lines_of_node_ship_lines_and_get_their_ids() {
     let Some(modules) = clients::node_modules() else { return };
     let bench = Bench::new();
     let receiver = bench.receiver();
     let url = receiver.url();
+    assert_eq!(page("js").lines().count(), 13, "as the README says");
     let (answers, ended_well) = node(&modules, &bench, &page("js"), &url, feed(&lines("line", 50)));
     assert!(ended_well);
     assert_eq!(all(&answers, "verdict"), ["stored"; 50]);

@@ -123,8 +123,12 @@ impl Wire {
 
     /// The far host moves to another address.
     pub fn move_far(&self, from: &str, to: &str) {
-        run(&["ip", "-n", &self.far, "address", "del", &format!("{from}/24"), "dev", "wire"]);
-        run(&["ip", "-n", &self.far, "address", "add", &format!("{to}/24"), "dev", "wire"]);
+        renumber(&self.far, from, to);
+    }
+
+    /// The near host moves to another address.
+    pub fn move_near(&self, from: &str, to: &str) {
+        renumber(&self.near, from, to);
     }
 
     /// A relay on the far host, from [`FAR`] to its loopback, that delivers every byte so much
@@ -162,6 +166,11 @@ impl Drop for Wire {
             let _ = fs::remove_dir_all(format!("/etc/netns/{host}"));
         }
     }
+}
+
+fn renumber(host: &str, from: &str, to: &str) {
+    run(&["ip", "-n", host, "address", "del", &format!("{from}/24"), "dev", "wire"]);
+    run(&["ip", "-n", host, "address", "add", &format!("{to}/24"), "dev", "wire"]);
 }
 
 /// Copies until either side ends; what came in at one instant goes out together, later.

@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 
 use serde_json::{Value, json};
@@ -37,6 +37,14 @@ pub struct Proxy {
 struct Script {
     node: String,
     acts: Mutex<VecDeque<Act>>,
+    hold: Mutex<Hold>,
+    released: Condvar,
+}
+
+#[derive(Default)]
+struct Hold {
+    on: bool,
+    waiting: usize,
 }
 
 impl Proxy {
@@ -50,7 +58,13 @@ impl Proxy {
         let listener = TcpListener::bind(("127.0.0.1", port)).expect("the port is free");
         let port = listener.local_addr().expect("an address").port();
         let acts = Mutex::new(acts.iter().cloned().collect());
-        let script = Arc::new(Script { node: node.to_owned(), acts });
+        let script = Script {
+            node: node.to_owned(),
+            acts,
+            hold: Mutex::default(),
+            released: Condvar::new(),
+        };
+        let script = Arc::new(script);
         let shared = Arc::clone(&script);
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
@@ -66,6 +80,22 @@ impl Proxy {
         format!("http://127.0.0.1:{}", self.port)
     }
 
+    /// Bulk requests are neither passed on nor answered until [`Proxy::release`].
+    pub fn hold(&self) {
+        self.script.holding().on = true;
+    }
+
+    /// How many bulk requests are held.
+    pub fn held(&self) -> usize {
+        self.script.holding().waiting
+    }
+
+    /// What was held is passed on, and all that follows.
+    pub fn release(&self) {
+        self.script.holding().on = false;
+        self.script.released.notify_all();
+    }
+
     /// How many acts are still to come.
     pub fn left(&self) -> usize {
         self.script.acts().len()
@@ -77,11 +107,27 @@ impl Script {
         self.acts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn holding(&self) -> std::sync::MutexGuard<'_, Hold> {
+        self.hold.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait_while_held(&self) {
+        let mut hold = self.holding();
+        hold.waiting += 1;
+        while hold.on {
+            hold = self.released.wait(hold).unwrap_or_else(PoisonError::into_inner);
+        }
+        hold.waiting -= 1;
+    }
+
     fn serve(&self, stream: TcpStream) -> io::Result<()> {
         let mut writer = stream.try_clone()?;
         let mut reader = BufReader::new(stream);
         while let Some(request) = Request::read(&mut reader)? {
             let bulk = request.path.starts_with("/_bulk") && !request.body.is_empty();
+            if bulk {
+                self.wait_while_held();
+            }
             let act = if bulk { self.acts().pop_front() } else { None };
             let pass = |body: &[u8]| {
                 http(&self.node, &request.method, &request.path, &request.content_type, body)
