@@ -54,4 +54,12 @@ mod tests {
         backoff.reset();
         assert!(backoff.delay() <= min);
     }
+
+    #[test]
+    fn delays_at_the_maximum_are_spread() {
+        let max = Duration::from_secs(30);
+        let mut backoff = Backoff::new(max, max);
+        let delays: Vec<Duration> = (0..20).map(|_| backoff.delay()).collect();
+        assert!(delays.iter().any(|delay| *delay != delays[0]), "{delays:?}");
+    }
 }

@@ -43,6 +43,7 @@ pub mod record;
 pub mod protocol;
 
 pub mod backoff;
+pub mod clock;
 pub mod config;
 pub mod descriptors;
 pub mod metrics;

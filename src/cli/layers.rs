@@ -185,6 +185,7 @@ impl Receive {
             dials: dials.map(|(sender, url)| DialLayer::flag(sender, url)).collect(),
             token_file: flag("--token-file", self.token_file.map(|path| base.join(path))),
             ca: flag("--ca", self.ca.map(|path| base.join(path))),
+            proxy: flag("--proxy", self.proxy),
             client_ca: flag("--client-ca", self.client_ca.map(|path| base.join(path))),
             trust_client_headers: switch("--trust-client-headers", self.trust_client_headers),
             tokens: flag("--tokens", self.tokens.map(|path| base.join(path))),

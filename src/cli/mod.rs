@@ -145,7 +145,8 @@ pub struct Send {
     /// ALL_PROXY and NO_PROXY, as curl reads them]
     #[arg(long, value_name = "URL|none", value_parser = proxy, help_heading = "Receiver")]
     pub proxy: Option<ProxySetting>,
-    /// Most bytes per second to write, such as 64KiB, for a thin line [default: no limit]
+    /// Most bytes per second to write to all receivers together, such as 64KiB, for a thin line
+    /// [default: no limit]
     #[arg(long, value_name = "SIZE", value_parser = value::size, help_heading = "Receiver")]
     pub rate_limit: Option<u64>,
     /// PEM file with the client certificate to present, chain included; a changed one is taken over
@@ -354,6 +355,10 @@ pub struct Receive {
     /// PEM file of the authorities to trust there instead of this machine's own
     #[arg(long, value_name = "PEM", help_heading = "Senders to dial")]
     pub ca: Option<PathBuf>,
+    /// HTTP proxy to pass through to them by CONNECT, or none; never for loopback [default:
+    /// HTTPS_PROXY, ALL_PROXY and NO_PROXY, as curl reads them]
+    #[arg(long, value_name = "URL|none", value_parser = proxy, help_heading = "Senders to dial")]
+    pub proxy: Option<ProxySetting>,
 
     /// PEM file with the certificate chain
     #[arg(long, value_name = "PEM", help_heading = "TLS")]

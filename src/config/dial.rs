@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use super::check;
 use super::file::Table;
 use super::problem::{At, Findings, Place};
+use super::proxy::{self, ProxySetting};
 use super::send::check_endpoint;
 use super::value::{self, ValueError};
-use super::{DialledSender, Endpoint};
+use super::{DialledSender, Endpoint, Environment};
 
 /// One sender to dial, as typed in one place; paths are absolute.
 #[derive(Clone, Debug)]
@@ -28,6 +29,7 @@ pub struct DialLayer {
 pub(super) struct Defaults {
     pub(super) token_file: Option<At<PathBuf>>,
     pub(super) ca: Option<At<PathBuf>>,
+    pub(super) proxy: Option<At<ProxySetting>>,
 }
 
 impl DialLayer {
@@ -60,6 +62,7 @@ pub(super) fn check(
     layers: Vec<DialLayer>,
     defaults: Defaults,
     plain_allowed: bool,
+    environment: &Environment,
     findings: &mut Findings,
 ) -> Vec<DialledSender> {
     // What stands for all is told once, and only where it is of use: the environment may name a
@@ -82,16 +85,25 @@ pub(super) fn check(
         }
         check::pem_file(ca, "CERTIFICATE", findings);
     }
+    if let Some(proxy) = defaults.proxy.as_ref().filter(|_| layers.is_empty()) {
+        let message = "only a receiver that dials passes a proxy: give --dial NAME=URL";
+        findings.problem(&proxy.place, message);
+    }
+    let proxy = defaults.proxy.map(|at| at.value);
     let mut senders: Vec<(Place, DialledSender)> = Vec::new();
-    for DialLayer { place, sender, url, token_file, ca } in layers {
+    for DialLayer { place, sender, mut url, token_file, ca } in layers {
         if let Some(at) = &token_file {
             check::secret_file(at, findings);
         }
         if let Some(at) = &ca {
             check::pem_file(at, "CERTIFICATE", findings);
         }
-        if let Some(endpoint) = &url {
-            check_endpoint(endpoint, plain_allowed, findings);
+        if let Some(at) = &mut url {
+            check_endpoint(at, plain_allowed, findings);
+            match proxy::choose(proxy.as_ref(), &at.value, environment) {
+                Ok(proxy) => at.value.proxy = proxy,
+                Err(message) => findings.problem(&at.place, message),
+            }
         }
         let (Some(sender), Some(url)) = (sender, url) else {
             let message = "needs 'sender', an entry of the tokens file, and 'url'";

@@ -68,7 +68,7 @@ pub struct SendConfig {
     pub receipts: Option<ReceiptsTarget>,
     /// Compress frames with zstd where the receiver can.
     pub compress: bool,
-    /// Most bytes per second that a connection writes.
+    /// Most bytes per second that all connections write together.
     pub rate_limit: Option<u64>,
     /// How long a stop waits for outstanding receipts.
     pub drain_timeout: Duration,

@@ -9,6 +9,7 @@ use super::check::{self, LogLayer};
 use super::dial::{self, DialLayer};
 use super::file::{File, Table};
 use super::problem::{At, ConfigError, Findings};
+use super::proxy::{self, ProxySetting};
 use super::send::DRAIN_TIMEOUT;
 use super::source::either;
 use super::value;
@@ -53,6 +54,8 @@ pub struct ReceiveLayer {
     pub token_file: Option<At<PathBuf>>,
     /// `--ca`, `ca`.
     pub ca: Option<At<PathBuf>>,
+    /// `--proxy`, `proxy`.
+    pub proxy: Option<At<ProxySetting>>,
     /// `--client-ca`, `client_ca`.
     pub client_ca: Option<At<PathBuf>>,
     /// `--trust-client-headers`, `trust_client_headers`.
@@ -132,6 +135,7 @@ impl ReceiveLayer {
             dials: either(self.dials, under.dials),
             token_file: self.token_file.or(under.token_file),
             ca: self.ca.or(under.ca),
+            proxy: self.proxy.or(under.proxy),
             client_ca: self.client_ca.or(under.client_ca),
             trust_client_headers: self.trust_client_headers.or(under.trust_client_headers),
             tokens: self.tokens.or(under.tokens),
@@ -165,6 +169,7 @@ impl ReceiveLayer {
             dials: table.tables("dial", "dial.", DialLayer::read),
             token_file: table.path("token_file"),
             ca: table.path("ca"),
+            proxy: table.text("proxy", proxy::proxy),
             client_ca: table.path("client_ca"),
             trust_client_headers: table.boolean("trust_client_headers"),
             tokens: table.path("tokens"),
@@ -280,8 +285,9 @@ fn check(
     }
     let dials = dial::check(
         layer.dials,
-        dial::Defaults { token_file: layer.token_file, ca: layer.ca },
+        dial::Defaults { token_file: layer.token_file, ca: layer.ca, proxy: layer.proxy },
         plain_allowed,
+        environment,
         &mut findings,
     );
     check::tokens_file(layer.tokens.as_ref(), &mut findings);

@@ -16,6 +16,7 @@ use super::connection::{self, Ended};
 use super::gate::{Accepted, Proof, Speaks};
 use super::session::Sender;
 use super::{Receiver, Tokens};
+use crate::clock;
 use crate::config::DialledSender;
 use crate::protocol::{Challenge, SUBPROTOCOL};
 use crate::record::escape_path;
@@ -77,11 +78,13 @@ impl Dial {
         let DialledSender { name, endpoint, .. } = &self.config;
         let mut tokens = receiver.tokens.clone();
         let mut retry = Retry::new();
+        let clock = clock::Watch::default();
         loop {
             let attempt = async {
                 let sender = entry(&mut tokens, name, &receiver.tokens_file).await;
                 let challenge = Challenge::mint()?;
-                self.connect(&challenge).await.map(|socket| (sender, challenge, socket))
+                let asked = sender.asks().then_some(&challenge);
+                self.connect(asked).await.map(|socket| (sender, challenge, socket))
             };
             let attempt = tokio::select! {
                 () = shutdown.requested() => return,
@@ -91,6 +94,7 @@ impl Dial {
                 Ok((sender, challenge, socket)) => {
                     retry.connected();
                     info!(sender = ?name, url = %endpoint.url, "dialled");
+                    clock.look(&endpoint.url, "the sender's", socket.date());
                     let accepted = Accepted {
                         sender,
                         proof: Proof::Address,
@@ -121,14 +125,13 @@ impl Dial {
         }
     }
 
-    async fn connect(&self, challenge: &Challenge) -> Result<Socket, DialError> {
+    async fn connect(&self, challenge: Option<&Challenge>) -> Result<Socket, DialError> {
         let path = &self.config.token_file;
         let token = tokio::fs::read_to_string(path)
             .await
             .map_err(|source| DialError::TokenFile { path: escape_path(path), source })?;
         let (endpoint, tls) =
             (&self.config.endpoint, self.trust.as_ref().map(|trust| trust.config()));
-        let challenge = Some(challenge);
         let offer = Offer { challenge, ..Offer::new(token.trim(), SUBPROTOCOL) };
         Ok(connect(endpoint, tls, &offer, CONNECT_TIMEOUT).await?)
     }

@@ -109,7 +109,8 @@ pub(super) fn answer(receiver: &Receiver, request: &Request) -> Answer<Accepted>
     match admit(receiver, request) {
         Ok(session) => {
             let says_hello = matches!(session.speaks, Speaks::Frames);
-            let challenge = says_hello.then(|| session.challenge.clone());
+            let asks = says_hello && session.sender.asks();
+            let challenge = asks.then(|| session.challenge.clone());
             Answer::Accept { subprotocol: session.speaks.subprotocol(), challenge, session }
         }
         Err(refuse) => {

@@ -76,8 +76,12 @@ impl Instances {
     /// Another instance of the sender that is here, or was a short while ago.
     fn begin(&self, sender: SenderId, instance: Uuid, now: Instant) -> Option<Uuid> {
         self.with(sender, |all| {
+            // One that ended before this one was last here has been told of, or was none.
+            let before = all.iter().find(|known| known.id == instance).map(|known| known.at);
             let counts = |other: &&Instance| {
-                other.connections > 0 || now.duration_since(other.at) < INSTANCES_WITHIN
+                let is_recent = now.duration_since(other.at) < INSTANCES_WITHIN;
+                let came_between = before.is_none_or(|before| other.at >= before);
+                other.connections > 0 || is_recent && came_between
             };
             let others = all.iter().filter(|other| other.id != instance).filter(counts);
             let other = others.max_by_key(|other| other.at).map(|other| other.id);
@@ -222,6 +226,24 @@ mod tests {
         assert_eq!(instances.begin(sender, ONE, soon), Some(TWO));
         instances.end(sender, ONE, soon);
         assert_eq!(instances.begin(sender, TWO, soon + INSTANCES_WITHIN), None, "a successor");
+    }
+
+    #[test]
+    fn a_lost_state_directory_is_told_of_once_and_two_in_turns_each_time() {
+        let instances = Instances::default();
+        let sender = SenderId::mint();
+        let mut now = Instant::now();
+        let mut here = |instance| {
+            now += Duration::from_secs(1);
+            let other = instances.begin(sender, instance, now);
+            instances.end(sender, instance, now);
+            other
+        };
+        assert_eq!(here(ONE), None);
+        assert_eq!(here(TWO), Some(ONE), "the new state directory");
+        assert_eq!(here(TWO), None, "and its further connections");
+        assert_eq!(here(ONE), Some(TWO));
+        assert_eq!(here(TWO), Some(ONE));
     }
 
     #[test]

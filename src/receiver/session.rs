@@ -48,6 +48,14 @@ pub(super) struct Sender {
     pub(super) chain_key: Option<ChainKey>,
 }
 
+impl Sender {
+    /// Whether its `hello` is to answer a challenge. No other token gets one, which tells `waybill
+    /// check` what the token needs.
+    pub(super) fn asks(&self) -> bool {
+        self.chain_key.is_some()
+    }
+}
+
 /// What a receiver tells every sender and checks every segment against.
 #[derive(Clone, Debug)]
 pub(super) struct Terms {

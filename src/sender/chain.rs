@@ -38,8 +38,8 @@ impl Answerer {
         Answerer { key_file, state }
     }
 
-    /// The answer for this receiver; none where it asks nothing, which it does if it is older than
-    /// chained tokens.
+    /// The answer for this receiver; none where it asks nothing, because the token is bound to no
+    /// key.
     pub async fn answer(
         &self,
         receiver: &str,

@@ -2,13 +2,14 @@
 
 use std::future::Future;
 use std::pin::pin;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
 use thiserror::Error;
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 use uuid::Uuid;
@@ -38,8 +39,8 @@ pub struct Connections {
     pub run: Uuid,
     /// Compress frames where the receiver can.
     pub compress: bool,
-    /// Most bytes per second that a connection writes.
-    pub rate_limit: Option<u64>,
+    /// How much all connections write.
+    pub pace: Pace,
     /// What answers a receiver's challenge, where there is a chain key.
     pub chain: Option<Answerer>,
     /// Where links are published while they live.
@@ -180,10 +181,9 @@ impl Connections {
             self.retract(&link);
             close
         };
-        let pace = Pace::new(self.rate_limit);
         let ended = tokio::select! {
             ended = receive(&link, from_socket) => ended,
-            () = transmit(to_socket, messages, heartbeat, pace, close) => Ended::Early,
+            () = transmit(to_socket, messages, heartbeat, &self.pace, close) => Ended::Early,
             () = idle(&link, idle_close) => Ended::Idle,
         };
         self.retract(&link);
@@ -253,11 +253,11 @@ async fn receive(link: &Link, mut socket: SocketReceiver) -> Ended {
 /// Ends when nothing was outstanding for so long.
 async fn idle(link: &Link, patience: Option<Duration>) {
     let Some(patience) = patience else { return std::future::pending().await };
-    let mut idle_since = tokio::time::Instant::now();
+    let mut idle_since = Instant::now();
     loop {
         tokio::time::sleep(Duration::from_millis(250).min(patience)).await;
         if !link.is_idle() {
-            idle_since = tokio::time::Instant::now();
+            idle_since = Instant::now();
         } else if idle_since.elapsed() >= patience {
             return;
         }
@@ -303,7 +303,7 @@ async fn transmit(
     mut socket: SocketSender,
     mut messages: mpsc::Receiver<Outgoing>,
     mut heartbeat: Heartbeat,
-    mut pace: Pace,
+    pace: &Pace,
     close: impl Future<Output = Close>,
 ) {
     let mut close = pin!(close);
@@ -324,7 +324,7 @@ async fn transmit(
             close = &mut close => break close,
         };
         let written = tokio::select! {
-            written = write(&mut socket, message, &mut messages, &mut pace) => written,
+            written = write(&mut socket, message, &mut messages, pace) => written,
             () = dead(&mut heartbeat) => {
                 return warn!("connection lost: the receiver was silent for too long");
             }
@@ -348,7 +348,7 @@ async fn write(
     socket: &mut SocketSender,
     message: Outgoing,
     messages: &mut mpsc::Receiver<Outgoing>,
-    pace: &mut Pace,
+    pace: &Pace,
 ) -> Result<(), SocketError> {
     pace.spend(&message);
     socket.feed(message).await?;
@@ -361,30 +361,34 @@ async fn write(
     socket.flush().await
 }
 
-/// Spreads what is written over time. Pings do not wait for it.
-struct Pace {
+/// Spreads over time what all connections write together. Pings do not wait for it.
+pub struct Pace {
     /// Bytes per second.
     limit: Option<u64>,
     /// When what was written is paid for.
-    ready_at: tokio::time::Instant,
+    ready_at: Mutex<Instant>,
 }
 
 impl Pace {
-    fn new(limit: Option<u64>) -> Pace {
-        Pace { limit, ready_at: tokio::time::Instant::now() }
+    /// At most so many bytes per second.
+    pub fn new(limit: Option<u64>) -> Pace {
+        Pace { limit, ready_at: Mutex::new(Instant::now()) }
     }
 
+    /// Waits until something may be written. Dropping the future loses nothing.
     async fn ready(&self) {
-        if self.limit.is_some() {
-            tokio::time::sleep_until(self.ready_at).await;
+        while !self.is_ready() {
+            // Another connection may write meanwhile.
+            let ready_at = *self.ready_at();
+            tokio::time::sleep_until(ready_at).await;
         }
     }
 
     fn is_ready(&self) -> bool {
-        self.limit.is_none() || self.ready_at <= tokio::time::Instant::now()
+        self.limit.is_none() || *self.ready_at() <= Instant::now()
     }
 
-    fn spend(&mut self, message: &Outgoing) {
+    fn spend(&self, message: &Outgoing) {
         let Some(limit) = self.limit else { return };
         let bytes = match message {
             Outgoing::Text(text) => text.len(),
@@ -392,7 +396,12 @@ impl Pace {
             Outgoing::Ping(_) => 0,
         };
         let cost = Duration::from_secs_f64((bytes + FRAME_OVERHEAD_BYTES) as f64 / limit as f64);
-        self.ready_at = self.ready_at.max(tokio::time::Instant::now()) + cost;
+        let mut ready_at = self.ready_at();
+        *ready_at = Instant::now().max(*ready_at) + cost;
+    }
+
+    fn ready_at(&self) -> MutexGuard<'_, Instant> {
+        self.ready_at.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

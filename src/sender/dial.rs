@@ -9,6 +9,7 @@ use tokio::task::JoinSet;
 use tracing::{error, info, warn};
 
 use super::connection::{Connections, Ended, GreetError, Greeted};
+use crate::clock;
 use crate::config::{DialConfig, Endpoint};
 use crate::protocol::SUBPROTOCOL;
 use crate::record::escape_path;
@@ -103,12 +104,14 @@ impl Dialler {
         let stop = &self.connections.stop;
         let mut retry = Retry::new();
         let mut at = 0;
+        let clocks: Vec<_> = endpoints.iter().map(|_| clock::Watch::default()).collect();
         let mut leaving = JoinSet::new();
         while !stop.is_cancelled() {
-            let endpoint = &endpoints[at % endpoints.len()];
+            let (endpoint, clock) =
+                (&endpoints[at % endpoints.len()], &clocks[at % endpoints.len()]);
             let connected = tokio::select! {
                 () = stop.cancelled() => break,
-                connected = self.connect(endpoint) => connected,
+                connected = self.connect(endpoint, clock) => connected,
             };
             let delay = match connected {
                 Ok(greeted) => {
@@ -173,7 +176,11 @@ impl Dialler {
     }
 
     /// Dials, says `hello` and hears `welcome`.
-    async fn connect(&self, endpoint: &Endpoint) -> Result<Greeted, LinkError> {
+    async fn connect(
+        &self,
+        endpoint: &Endpoint,
+        clock: &clock::Watch,
+    ) -> Result<Greeted, LinkError> {
         let path = &self.config.token_file;
         let token = tokio::fs::read_to_string(path)
             .await
@@ -181,6 +188,7 @@ impl Dialler {
         let tls = self.trust.as_ref().filter(|_| endpoint.tls).map(|trust| trust.config());
         let offer = Offer::new(token.trim(), SUBPROTOCOL);
         let socket = connect(endpoint, tls, &offer, CONNECT_TIMEOUT).await?;
+        clock.look(&endpoint.url, "the receiver's", socket.date());
         Ok(self.connections.greet(&endpoint.url, socket).await?)
     }
 }

@@ -45,7 +45,7 @@ use crate::telemetry::Progress;
 use crate::tls::{ClientTrust, TlsError};
 
 use chain::Answerer;
-use connection::Connections;
+use connection::{Connections, Pace};
 use dial::{Dialler, LinkError};
 use follow::Follower;
 use intakes::{Intakes, Needed};
@@ -319,7 +319,7 @@ impl Sender {
             instance: self.state.instance(),
             run: self.run,
             compress: config.compress,
-            rate_limit: config.rate_limit,
+            pace: Pace::new(config.rate_limit),
             chain: (config.chain_key_file.clone())
                 .map(|file| Answerer::new(file, self.state.clone())),
             links: links_sender,

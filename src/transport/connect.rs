@@ -267,9 +267,24 @@ pub async fn connect_noting(
         let io = open(endpoint, tls, steps).await?;
         upgrade(endpoint, io, offer, steps).await
     };
-    tokio::time::timeout(timeout, attempt)
-        .await
-        .map_err(|_| ConnectError::Timeout { url: endpoint.url.clone(), after: timeout })?
+    tokio::time::timeout(timeout, attempt).await.map_err(|_| timed_out(endpoint, timeout))?
+}
+
+/// Goes as far as one can without a word to the server: name, connection, TLS. Notes how far it came.
+pub async fn reach(
+    endpoint: &Endpoint,
+    tls: Option<Arc<ClientConfig>>,
+    timeout: Duration,
+    steps: &mut Steps,
+) -> Result<(), ConnectError> {
+    match tokio::time::timeout(timeout, open(endpoint, tls, steps)).await {
+        Ok(opened) => opened.map(drop),
+        Err(_) => Err(timed_out(endpoint, timeout)),
+    }
+}
+
+fn timed_out(endpoint: &Endpoint, after: Duration) -> ConnectError {
+    ConnectError::Timeout { url: endpoint.url.clone(), after }
 }
 
 async fn open(
@@ -432,7 +447,8 @@ async fn upgrade(
         let response =
             client.send_request(request).await.map_err(|error| broken(endpoint, error))?;
         steps.note_answer(&response);
-        accept(response, offer.subprotocol, &key).await
+        let (upgraded, challenge) = accept(response, offer.subprotocol, &key).await?;
+        Ok((upgraded, challenge, steps.date.clone()))
     };
     let mut exchange = std::pin::pin!(exchange);
     // Both run here, so that a dropped attempt leaves no task behind.
@@ -441,12 +457,12 @@ async fn upgrade(
         upgraded = &mut exchange => upgraded,
         _ = connection => exchange.await,
     };
-    let (upgraded, challenge) = upgraded?;
+    let (upgraded, challenge, date) = upgraded?;
     let parts = upgraded
         .downcast::<TokioIo<Io>>()
         .map_err(|_| endpoint_error(endpoint, "the upgrade gave another stream back"))?;
     let socket = Socket::client(parts.io.into_inner(), parts.read_buf).await;
-    Ok(socket.challenged(challenge))
+    Ok(socket.challenged(challenge).dated(date))
 }
 
 fn endpoint_error(endpoint: &Endpoint, reason: &'static str) -> ConnectError {

@@ -12,7 +12,7 @@ mod retry;
 mod socket;
 mod stream;
 
-pub use connect::{ConnectError, Offer, Steps, TlsFault, connect, connect_noting};
+pub use connect::{ConnectError, Offer, Steps, TlsFault, connect, connect_noting, reach};
 pub use heartbeat::{Beat, Heartbeat};
 pub use listen::{Answer, BindError, Handler, Listener, Peer, Refuse, Request};
 pub use retry::{Pause, Retry};

@@ -35,6 +35,7 @@ pub struct Socket {
     stream: WebSocketStream<Io>,
     activity: Activity,
     challenge: Option<Challenge>,
+    date: Option<String>,
 }
 
 impl Socket {
@@ -58,11 +59,20 @@ impl Socket {
             .max_frame_size(Some(MESSAGE_BYTES_MAX));
         let stream =
             WebSocketStream::from_partially_read(io, read.into(), role, Some(config)).await;
-        Socket { stream, activity, challenge: None }
+        Socket { stream, activity, challenge: None, date: None }
     }
 
     pub(super) fn challenged(self, challenge: Option<Challenge>) -> Socket {
         Socket { challenge, ..self }
+    }
+
+    pub(super) fn dated(self, date: Option<String>) -> Socket {
+        Socket { date, ..self }
+    }
+
+    /// The `Date` of the answer to our upgrade, printable; `None` where the peer dialled.
+    pub fn date(&self) -> Option<&str> {
+        self.date.as_deref()
     }
 
     /// What the peer's half of the upgrade wants answered, whichever side dialled; `None` where it

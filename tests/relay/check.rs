@@ -237,6 +237,94 @@ fn a_short_queue_of_datagrams_is_warned_of() {
     }
 }
 
+#[test]
+fn a_token_that_is_bound_to_a_key_fails_without_one() {
+    let bench = Bench::new();
+    bench.write("app.log", "a line\n");
+    let mut mint = waybill();
+    mint.args(["token", "test", "--tokens", "tokens.toml", "--chain-key", "chain.key"]);
+    mint.current_dir(bench.path(""));
+    mode(&bench.write("test.token", run(mint).ok().stdout), 0o600);
+    let free = bench.token("free");
+    let receiver = bench.receiver();
+    let check = |arguments: &[&str]| {
+        let url = receiver.url();
+        let arguments = [&["app.log", "--to", &url], arguments].concat();
+        checked(sender(&bench, &arguments))
+    };
+    let without = check(&[]);
+    without.fails(&["chain key"]);
+    without.says("chain key", "fail", "--chain-key-file FILE");
+    without.says("token", "ok", "accepted");
+    let with = check(&["--chain-key-file", "chain.key"]);
+    with.fails(&[]);
+    with.says("chain key", "skip", "only a session proves");
+    fs::copy(free, bench.path("test.token")).expect("copied");
+    let with = check(&["--chain-key-file", "chain.key"]);
+    with.fails(&[]);
+    with.says("chain key", "warn", "bound to no key");
+    let without = check(&[]);
+    without.fails(&[]);
+    assert!(!without.text.contains("chain key"), "{}", without.text);
+}
+
+/// The way to a sender that is dialled, while a receiver has it.
+#[test]
+fn a_dialled_sender_is_reached_and_not_taken_over() {
+    let bench = Bench::new();
+    bench.token("test");
+    let files = ending(&bench, 100);
+    let ca = files.ca.display().to_string();
+    let mut mint = waybill();
+    mint.args(["token", "central", "--tokens", "receivers.toml"]).current_dir(bench.path(""));
+    mode(&bench.write("central.token", run(mint).ok().stdout), 0o600);
+    let port = free_port();
+    let mut send = waybill();
+    send.args(["send", "app.log", "--listen", &format!("127.0.0.1:{port}")]);
+    send.args(["--state-dir", "state", "--tokens", "receivers.toml"]);
+    send.args(["--tls-cert", "server.pem", "--tls-key", "server.key"]).current_dir(bench.path(""));
+    bench.write("app.log", lines("line", 100));
+    let sending = Process::start("sender", send, bench.path("sender.log"));
+    let common = ["--store", "store.sqlite", "--token-file", "central.token", "--dial"];
+    let dial = |at: &str| format!("test=wss://{at}/");
+    let here = dial(&format!("localhost:{port}"));
+    let mut receive = waybill();
+    receive.args(["receive", "--tokens", "tokens.toml", "--ca", &ca]).args(common).arg(&here);
+    receive.current_dir(bench.path(""));
+    let _receiving = Process::start("receiver", receive, bench.path("receiver.log"));
+    wait_for_lines(&bench, 100);
+
+    let check = |more: &[&str]| checked(receiver(&bench, &[&common, more].concat()));
+    let sound = check(&[&here, "--ca", &ca]);
+    sound.fails(&[]);
+    for (name, status, words) in [
+        ("name", "ok", "localhost is"),
+        ("connection", "ok", "taken"),
+        ("tls", "ok", "days left"),
+        ("upgrade", "skip", "take over"),
+        ("token", "skip", "take over"),
+    ] {
+        sound.says(name, status, words);
+    }
+    let unknown = check(&[&here]);
+    unknown.fails(&["tls"]);
+    unknown.says("tls", "fail", "--ca");
+    let other = check(&[&dial(&format!("127.0.0.1:{port}")), "--ca", &ca]);
+    other.fails(&["tls"]);
+    other.says("tls", "fail", "for another name");
+    let nobody = check(&[&dial("localhost:1"), "--ca", &ca]);
+    nobody.fails(&["connection"]);
+    nobody.says("connection", "fail", "does not answer");
+    let nameless = check(&[&dial("nothing.invalid"), "--ca", &ca]);
+    nameless.fails(&["name"]);
+    nameless.says("name", "fail", "does not resolve");
+
+    bench.append("app.log", (100..200).map(|n| format!("line {n}\n")).collect::<String>());
+    wait_for_lines(&bench, 200);
+    let log = sending.log();
+    assert_eq!(log.matches(" connected ").count(), 1, "one connection, all the while: {log}");
+}
+
 /// From the name to the token: each step that fails is named, and those before it are `ok`.
 #[test]
 fn what_is_wrong_on_the_way_to_the_receiver_is_said() {
@@ -319,6 +407,12 @@ fn a_certificate_that_ends_soon_is_warned_of_on_both_sides() {
         running.wait_for_log(" listening");
         let url = format!("wss://localhost:{port}/");
         let check = checked(sender(&bench, &["app.log", "--ca", &ca, "--to", &url]));
+        check.fails(side);
+        check.says("tls", status, "renew it");
+        let url = format!("test=wss://localhost:{port}/");
+        let dial =
+            ["--store", "store.sqlite", "--ca", &ca, "--token-file", "test.token", "--dial", &url];
+        let check = checked(receiver(&bench, &dial));
         check.fails(side);
         check.says("tls", status, "renew it");
     }

@@ -1,4 +1,4 @@
-//! A clock that is set back by a day, on both sides, while lines flow: nothing is lost, nothing is doubled.
+//! Clocks that are wrong by a day, on both sides or one, while lines flow: nothing is lost, nothing is doubled.
 //!
 //! The programs see another time than the kernel does, by Debian's libfaketime; their monotonic clock stays the real one.
 
@@ -11,8 +11,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
-use super::support::servers::have;
-use super::support::waybill::{Bench, Process, Receiver, lines};
+use super::support::servers::{free_port, have};
+use super::support::waybill::{Bench, Process, Receiver, lines, numbered, waybill};
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -153,13 +153,88 @@ fn a_clock_that_is_set_back_by_a_day_loses_and_doubles_nothing() {
     assert!(!sender.log().contains("lost:"), "{}", sender.log());
 }
 
+/// Said when it begins, not at each connection.
+#[test]
+fn a_sender_whose_clock_is_a_day_off_says_so_and_loses_and_doubles_nothing() {
+    for (offset, way) in [("+1d", "s ahead of the receiver's"), ("-1d", "s behind the receiver's")]
+    {
+        let bench = Bench::new();
+        let Some(clock) = Clock::new(&bench) else { return };
+        clock.set("+0");
+        let mut receiver = bench.receiver();
+        bench.write("app.log", lines("right", 200));
+        let mut sender = sender(&bench, &clock, &receiver);
+        bench.wait_for_lines(200);
+        let said = |sender: &Process| sender.log().matches(way).count();
+        assert_eq!(said(&sender), 0, "{}", sender.log());
+
+        clock.set(offset);
+        for round in 0..2 {
+            receiver.restart();
+            bench.append("app.log", lines(&format!("off {round}"), 200));
+            write_to_socket(&bench, &lines(&format!("socket {round}"), 200));
+            bench.wait_for_lines(200 + 400 * (round + 1));
+        }
+        rotate_twice(&bench, &lines("between", 200), &lines("after", 200));
+        bench.wait_for_lines(1400);
+        assert_eq!(said(&sender), 1, "{}", sender.log());
+        assert!(sender.log().contains("NTP"), "{}", sender.log());
+        clock.set("+0");
+        receiver.restart();
+        sender.wait_for_log("agrees with the receiver's again");
+        clock.set(offset);
+        receiver.restart();
+        bench.append("app.log", lines("off again", 200));
+        bench.wait_for_lines(1600);
+        assert_eq!(said(&sender), 2, "{}", sender.log());
+        assert!(sender.stop().success());
+        let tags =
+            ["right", "off 0", "socket 0", "off 1", "socket 1", "between", "after", "off again"];
+        bench.assert_lines(tags.into_iter().flat_map(|tag| numbered(tag, 200)));
+        assert!(!sender.log().contains("lost:"), "{}", sender.log());
+    }
+}
+
+/// The side that dials hears the time of the other; here it is the receiver.
+#[test]
+fn a_receiver_that_dials_says_that_its_clock_is_a_day_off() {
+    let bench = Bench::new();
+    let Some(clock) = Clock::new(&bench) else { return };
+    clock.set("+1d");
+    bench.token("test");
+    let mut mint = waybill();
+    mint.args(["token", "central", "--tokens", "receivers.toml"]).current_dir(bench.path(""));
+    bench.write("central.token", mint.output().expect("a token").stdout);
+    bench.write("app.log", lines("line", 100));
+    let port = free_port();
+    let mut send = waybill();
+    send.args(["send", "app.log", "--listen", &format!("127.0.0.1:{port}")]);
+    send.args(["--state-dir", "state", "--tokens", "receivers.toml"]).current_dir(bench.path(""));
+    let mut sender = Process::start("sender", send, bench.path("sender.log"));
+    let mut receive = waybill();
+    receive.args(["receive", "--tokens", "tokens.toml", "--store", "store.sqlite"]);
+    receive.args([
+        "--dial",
+        &format!("test=ws://127.0.0.1:{port}/"),
+        "--token-file",
+        "central.token",
+    ]);
+    receive.current_dir(bench.path(""));
+    clock.show_to(&mut receive);
+    let receiver = Process::start("receiver", receive, bench.path("receiver.log"));
+    bench.wait_for_lines(100);
+    assert!(sender.stop().success());
+    bench.assert_lines(numbered("line", 100));
+    assert_eq!(receiver.log().matches("s ahead of the sender's").count(), 1, "{}", receiver.log());
+}
+
 /// A token ends when the clock says so, whichever way that goes.
 #[test]
 fn a_token_that_expired_by_a_clock_set_forward_works_again_when_that_is_mended() {
     let bench = Bench::new();
     let Some(clock) = Clock::new(&bench) else { return };
     clock.set("+0");
-    let mut command = super::support::waybill::waybill();
+    let mut command = waybill();
     command.args(["token", "test", "--expires", "12h", "--tokens"]).arg(bench.path("tokens.toml"));
     let output = command.output().expect("waybill token");
     let token = bench.write("test.token", output.stdout);

@@ -142,15 +142,8 @@ fn a_sender_that_moves_connects_from_its_new_address() {
     bench.assert_lines(numbered("first", 100).chain(numbered("second", 100)));
 }
 
-/// Only the proxy is on the wire, and only it can resolve the receiver's name.
-#[test]
-fn an_http_proxy_is_passed_by_connect() {
-    if !have("tinyproxy", "tinyproxy-bin") {
-        return;
-    }
-    let Some(wire) = Wire::lay() else { return };
-    let bench = Bench::new();
-    let _receiver = receiver(&bench, &wire, "127.0.0.1");
+/// The real one on the far host, which wants a password; only it can resolve the name there.
+fn tinyproxy(bench: &Bench, wire: &Wire, log: &str) -> Process {
     wire.set_far_hosts(&format!("127.0.0.1 {NAME}\n"));
     let configuration = bench.write(
         "tinyproxy.conf",
@@ -161,8 +154,19 @@ fn an_http_proxy_is_passed_by_connect() {
     );
     let mut command = Command::new("tinyproxy");
     command.arg("-d").arg("-c").arg(configuration);
-    let proxy = |log: &str| Process::start("tinyproxy", wire.far(&command), bench.path(log));
-    let mut running = proxy("proxy-1.log");
+    Process::start("tinyproxy", wire.far(&command), bench.path(log))
+}
+
+/// Only the proxy is on the wire, and only it can resolve the receiver's name.
+#[test]
+fn an_http_proxy_is_passed_by_connect() {
+    if !have("tinyproxy", "tinyproxy-bin") {
+        return;
+    }
+    let Some(wire) = Wire::lay() else { return };
+    let bench = Bench::new();
+    let _receiver = receiver(&bench, &wire, "127.0.0.1");
+    let mut running = tinyproxy(&bench, &wire, "proxy-1.log");
 
     bench.write("app.log", lines("first", 1_000));
     let to = format!("{NAME}:{PORT}");
@@ -184,11 +188,80 @@ fn an_http_proxy_is_passed_by_connect() {
     running.kill_hard();
     bench.append("app.log", lines("second", 1_000));
     sender.wait_for_log("does not answer");
-    let _running = proxy("proxy-2.log");
+    let _running = tinyproxy(&bench, &wire, "proxy-2.log");
     bench.wait_for_lines(2_000);
     assert!(sender.stop().success());
     bench.assert_lines(numbered("first", 1_000).chain(numbered("second", 1_000)));
     assert!(!sender.log().contains("secret"), "a password is not logged");
+}
+
+/// The same where the receiver is behind the proxy, and dials.
+#[test]
+fn a_receiver_that_dials_passes_the_proxy_too() {
+    if !have("tinyproxy", "tinyproxy-bin") {
+        return;
+    }
+    let Some(wire) = Wire::lay() else { return };
+    let bench = Bench::new();
+    bench.token("test");
+    certificates(&bench);
+    let mut mint = waybill();
+    mint.args(["token", "central", "--tokens", "receivers.toml"]).current_dir(bench.path(""));
+    let token = bench.write("central.token", mint.output().expect("a token").stdout);
+    let private = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+    std::fs::set_permissions(token, private).expect("chmod");
+    bench.write("app.log", lines("first", 1_000));
+    let mut send = waybill();
+    send.args(["send", "app.log", "--listen", &format!("127.0.0.1:{PORT}")]);
+    send.args(["--state-dir", "state", "--tokens", "receivers.toml"]);
+    send.args(["--tls-cert", "server.pem", "--tls-key", "server.key"]).current_dir(bench.path(""));
+    let mut sender = Process::start("sender", wire.far(&send), bench.path("sender.log"));
+    let mut running = tinyproxy(&bench, &wire, "proxy-1.log");
+
+    let mut receive = waybill();
+    receive.args([
+        "receive",
+        "--tokens",
+        "tokens.toml",
+        "--store",
+        "store.sqlite",
+        "--ca",
+        "ca.pem",
+    ]);
+    receive.args([
+        "--dial",
+        &format!("test=wss://{NAME}:{PORT}/"),
+        "--token-file",
+        "central.token",
+    ]);
+    receive.current_dir(bench.path(""));
+    let proxy = format!("http://{FAR}:3128");
+    let mut command = wire.near(&receive);
+    command.args(["--proxy", &proxy]);
+    let mut receiver = Process::start("receiver", command, bench.path("receiver-1.log"));
+    receiver.wait_for_log("opens no tunnel: HTTP status 40");
+    assert!(!receiver.log().contains("does not resolve"), "{}", receiver.log());
+    assert!(receiver.stop().success());
+
+    // A flag goes before a key, and the environment is asked where neither is.
+    let file = bench.write("receiver.toml", "proxy = 'none'\n");
+    let mut command = wire.near(&receive);
+    command.arg("--config").arg(&file);
+    let mut receiver = Process::start("receiver", command, bench.path("receiver-2.log"));
+    receiver.wait_for_log("does not resolve");
+    assert!(receiver.stop().success());
+    receive.env("HTTPS_PROXY", format!("http://me:secret@{FAR}:3128"));
+    let command = wire.near(&receive);
+    let mut receiver = Process::start("receiver", command, bench.path("receiver-3.log"));
+    bench.wait_for_lines(1_000);
+    running.kill_hard();
+    bench.append("app.log", lines("second", 1_000));
+    receiver.wait_for_log("does not answer");
+    let _running = tinyproxy(&bench, &wire, "proxy-2.log");
+    bench.wait_for_lines(2_000);
+    assert!(sender.stop().success() && receiver.stop().success());
+    bench.assert_lines(numbered("first", 1_000).chain(numbered("second", 1_000)));
+    assert!(!receiver.log().contains("secret"), "a password is not logged");
 }
 
 /// A slower machine only takes longer.
@@ -204,6 +277,37 @@ fn a_rate_limit_bounds_what_is_written_per_second() {
     // The first second's worth need not wait.
     assert!(start.elapsed() + Duration::from_secs(1) >= least, "{:?}", start.elapsed());
     bench.assert_lines(numbered(&"x".repeat(90), 10_000));
+}
+
+#[test]
+fn a_rate_limit_holds_for_all_receivers_together() {
+    const FILES: usize = 20;
+    let bench = Bench::new();
+    let receivers = ["one.sqlite", "two.sqlite"].map(|store| {
+        let store = bench.path(store);
+        bench.receiver_with(move |command| {
+            command.arg("--store").arg(&store);
+        })
+    });
+    let tag = "x".repeat(90);
+    let names: Vec<String> = (0..FILES).map(|number| format!("app-{number}.log")).collect();
+    let text = lines(&tag, 1_000);
+    names.iter().for_each(|name| drop(bench.write(name, &text)));
+    let second = receivers[1].url();
+    let arguments = ["--balance", "--rate-limit", "256KiB", "--to", &second];
+    let arguments: Vec<&str> = names.iter().map(String::as_str).chain(arguments).collect();
+    let start = Instant::now();
+    bench.send_once(&receivers[0], &arguments).ok();
+    let least = Duration::from_secs_f64((FILES * text.len()) as f64 / f64::from(256 << 10));
+    assert!(start.elapsed() + Duration::from_secs(1) >= least, "{:?}", start.elapsed());
+    let stored = ["one.sqlite", "two.sqlite"].map(|store| {
+        let mut search = waybill();
+        search.args(["search", "--json", "--limit", "1000000", "--store"]).arg(bench.path(store));
+        let output = search.output().expect("waybill search");
+        output.stdout.iter().filter(|byte| **byte == b'\n').count()
+    });
+    assert!(stored.iter().all(|count| *count > 0), "both had their share: {stored:?}");
+    assert_eq!(stored.iter().sum::<usize>(), FILES * 1_000);
 }
 
 #[test]

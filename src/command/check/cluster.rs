@@ -4,7 +4,8 @@ use std::io;
 
 use jiff::Timestamp;
 
-use super::{Report, Status, http_date};
+use super::{Report, Status};
+use crate::clock::http_date;
 use crate::config::{ElasticsearchAuth, ElasticsearchConfig};
 use crate::destination::elasticsearch::{Cluster, Privileges, RequestError, Template, supported};
 use crate::record::{Day, IndexRule, TypeName};

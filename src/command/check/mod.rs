@@ -16,15 +16,13 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::cli;
+use crate::clock;
 use crate::config::{ConfigError, Environment, Loaded};
 use crate::exit::Exit;
 use crate::telemetry::escaped;
 
 /// A certificate or a token that ends sooner is warned of.
 const ENDS_SOON: Duration = Duration::from_secs(14 * 24 * 3600);
-
-/// Clocks that differ by more are warned of.
-const CLOCKS_DIFFER: Duration = Duration::from_secs(300);
 
 const GREEN: &str = "\x1b[32m";
 const YELLOW: &str = "\x1b[33m";
@@ -175,37 +173,9 @@ impl Report {
 
     /// This machine's clock against another's, which `whose` names.
     fn clock(&mut self, of: Option<&str>, whose: &str, theirs: Timestamp) -> io::Result<()> {
-        let ahead = Timestamp::now().duration_since(theirs);
-        let (off, way) = match Duration::try_from(ahead) {
-            Ok(ahead) => (ahead, "ahead of"),
-            Err(_) => (ahead.unsigned_abs(), "behind"),
-        };
-        let seconds = off.as_secs();
-        if off > CLOCKS_DIFFER {
-            let message = format!(
-                "this machine's clock is {seconds} s {way} {whose}: days and times of lines go \
-                 wrong; set both by NTP (timedatectl set-ntp true)"
-            );
-            self.warn("clock", of, message)
-        } else {
-            self.ok("clock", of, format!("within {} s of {whose}", seconds + 1))
+        match clock::compare(whose, theirs) {
+            Err(message) => self.warn("clock", of, message),
+            Ok(off) => self.ok("clock", of, format!("within {} s of {whose}", off.as_secs() + 1)),
         }
-    }
-}
-
-/// The time in a `Date` header (RFC 9110 §5.6.7).
-fn http_date(date: &str) -> Option<Timestamp> {
-    jiff::fmt::rfc2822::parse(date).ok().map(|zoned| zoned.timestamp())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_date_of_http_is_read() {
-        let date = http_date("Sun, 06 Nov 1994 08:49:37 GMT").expect("a date");
-        assert_eq!(date.to_string(), "1994-11-06T08:49:37Z");
-        assert_eq!(http_date("yesterday"), None);
     }
 }

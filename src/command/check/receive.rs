@@ -5,11 +5,13 @@ use std::path::Path;
 
 use jiff::Timestamp;
 
-use super::{ENDS_SOON, Report, cluster, local};
+use super::{ENDS_SOON, Report, cluster, local, receiver};
 use crate::cli;
-use crate::config::{DestinationConfig, Environment, Listen, load_receive};
+use crate::config::{DestinationConfig, DialledSender, Environment, Listen, load_receive};
 use crate::record::escape_path;
+use crate::tls;
 use crate::tokens::Tokens;
+use crate::transport::{Steps, reach};
 
 pub(super) async fn check(
     args: cli::Receive,
@@ -27,8 +29,7 @@ pub(super) async fn check(
     }
     tokens(report, &config.tokens, "sender")?;
     for sender in &config.dials {
-        let message = "not dialled: that would take over from a receiver that runs";
-        report.skip("sender", Some(&sender.endpoint.url), message)?;
+        dialled(report, sender).await?;
     }
     match &config.destination {
         DestinationConfig::Embedded(store) => {
@@ -37,6 +38,25 @@ pub(super) async fn check(
         DestinationConfig::Elasticsearch(elasticsearch) => {
             cluster::check(report, elasticsearch, &config.rule).await?;
         }
+    }
+    Ok(())
+}
+
+/// A sender that is dialled, up to its certificate: an upgrade would take over from a receiver that
+/// runs.
+async fn dialled(report: &mut Report, sender: &DialledSender) -> io::Result<()> {
+    let DialledSender { endpoint, ca, .. } = sender;
+    let of = Some(endpoint.url.as_str());
+    let tls = match endpoint.tls.then(|| tls::client_config(ca.as_deref(), None)).transpose() {
+        Ok(tls) => tls,
+        Err(error) => return report.fail("tls", of, error.to_string()),
+    };
+    let mut steps = Steps::default();
+    let reached = reach(endpoint, tls, receiver::TIMEOUT, &mut steps).await;
+    if receiver::way(report, endpoint, &steps, reached.as_ref().err())? {
+        let message = "not tried: it would take over from a receiver that runs";
+        report.skip("upgrade", of, message)?;
+        report.skip("token", of, message)?;
     }
     Ok(())
 }

@@ -1,10 +1,11 @@
-//! A receiver, as a sender meets it: name, connection, TLS, upgrade, token, clock.
+//! A receiver, as a sender meets it: name, connection, TLS, upgrade, token, clock, chain key.
 
 use std::io;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use super::{Report, http_date};
+use super::Report;
+use crate::clock::http_date;
 use crate::config::{DialConfig, Endpoint};
 use crate::protocol::SUBPROTOCOL;
 use crate::record::escape_path;
@@ -12,7 +13,7 @@ use crate::tls;
 use crate::transport::{ConnectError, Offer, Socket, Steps, close, connect_noting};
 
 /// As long as a sender waits.
-const TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Dials, and closes right after the upgrade: without a `hello` the receiver takes nobody for a
 /// second instance of the sender.
@@ -20,6 +21,7 @@ pub(super) async fn check(
     report: &mut Report,
     endpoint: &Endpoint,
     dial: &DialConfig,
+    has_chain_key: bool,
 ) -> io::Result<()> {
     let of = Some(endpoint.url.as_str());
     let token_file = &dial.token_file;
@@ -39,38 +41,56 @@ pub(super) async fn check(
     let connected = connect_noting(endpoint, tls, &offer, TIMEOUT, &mut steps).await;
     told(report, endpoint, &steps, connected.as_ref().err())?;
     if let Ok(socket) = connected {
+        chain_key(report, of, socket.challenge().is_some(), has_chain_key)?;
         leave(socket).await;
     }
     Ok(())
 }
 
-/// One line per step, up to the one that failed.
+/// One line per step to the server, up to the one that failed; whether all were made.
+pub(super) fn way(
+    report: &mut Report,
+    endpoint: &Endpoint,
+    steps: &Steps,
+    error: Option<&ConnectError>,
+) -> io::Result<bool> {
+    let of = Some(endpoint.url.as_str());
+    let failure = || error.map(ConnectError::to_string).unwrap_or_default();
+    let host = &steps.host;
+    if !host.is_empty() && host.parse::<IpAddr>().is_err() {
+        if steps.addresses.is_empty() {
+            report.fail("name", of, failure())?;
+            return Ok(false);
+        }
+        let addresses: Vec<_> = steps.addresses.iter().map(|at| at.ip().to_string()).collect();
+        report.ok("name", of, format!("{host} is {}", addresses.join(", ")))?;
+    }
+    if !steps.connected {
+        report.fail("connection", of, failure())?;
+        return Ok(false);
+    }
+    report.ok("connection", of, "taken")?;
+    if endpoint.tls {
+        let Some(certificate) = &steps.certificate else {
+            report.fail("tls", of, failure())?;
+            return Ok(false);
+        };
+        report.certificate("tls", of, tls::not_after(certificate))?;
+    }
+    Ok(true)
+}
+
+/// The way, then what the receiver answered.
 fn told(
     report: &mut Report,
     endpoint: &Endpoint,
     steps: &Steps,
     error: Option<&ConnectError>,
 ) -> io::Result<()> {
+    if !way(report, endpoint, steps, error)? {
+        return Ok(());
+    }
     let of = Some(endpoint.url.as_str());
-    let failure = || error.map(ConnectError::to_string).unwrap_or_default();
-    let host = &steps.host;
-    if !host.is_empty() && host.parse::<IpAddr>().is_err() {
-        if steps.addresses.is_empty() {
-            return report.fail("name", of, failure());
-        }
-        let addresses: Vec<_> = steps.addresses.iter().map(|at| at.ip().to_string()).collect();
-        report.ok("name", of, format!("{host} is {}", addresses.join(", ")))?;
-    }
-    if !steps.connected {
-        return report.fail("connection", of, failure());
-    }
-    report.ok("connection", of, "taken")?;
-    if endpoint.tls {
-        let Some(certificate) = &steps.certificate else {
-            return report.fail("tls", of, failure());
-        };
-        report.certificate("tls", of, tls::not_after(certificate))?;
-    }
     let through = steps.server.as_ref().map(|name| format!(", through {name}")).unwrap_or_default();
     match error {
         None => {
@@ -94,6 +114,34 @@ fn told(
     match steps.date.as_deref().map(http_date) {
         Some(Some(date)) => report.clock(of, "the receiver's", date),
         _ => report.skip("clock", of, "the answer has no Date"),
+    }
+}
+
+/// Whether the token needs a key, and this side has one. A check says no `hello`, hence proves none.
+fn chain_key(
+    report: &mut Report,
+    of: Option<&str>,
+    is_needed: bool,
+    is_there: bool,
+) -> io::Result<()> {
+    const CHECK: &str = "chain key";
+    match (is_needed, is_there) {
+        (false, false) => Ok(()),
+        (false, true) => {
+            let message = "the receiver asks for none: this token is bound to no key, and a copy of \
+                           it lets others in (waybill token NAME --rotate --chain-key FILE)";
+            report.warn(CHECK, of, message)
+        }
+        (true, false) => {
+            let message = "this token is bound to a key: give --chain-key-file FILE, the file that \
+                           waybill token NAME --chain-key FILE wrote at the receiver";
+            report.fail(CHECK, of, message)
+        }
+        (true, true) => {
+            let message =
+                "there is one; whether it is this token's only a session proves, not this";
+            report.skip(CHECK, of, message)
+        }
     }
 }
 

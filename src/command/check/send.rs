@@ -20,7 +20,8 @@ pub(super) async fn check(
     match &config.connection {
         ConnectionConfig::Dial(dial) => {
             for endpoint in &dial.to {
-                receiver::check(report, endpoint, dial).await?;
+                let has_chain_key = config.chain_key_file.is_some();
+                receiver::check(report, endpoint, dial, has_chain_key).await?;
             }
         }
         ConnectionConfig::Listen(listening) => {

@@ -97,11 +97,25 @@ fn senders_are_dialled_beside_listening_or_instead_of_it() {
             both.replace("wss:", "ws:"),
             "c.toml:6:1: dial.url: ws://web-1/ would send the token and every line unencrypted",
         ),
+        (format!("{RECEIVE}proxy = 'none'\n"), "c.toml:3:1: proxy: only a receiver that dials"),
         (format!("{RECEIVE}ca = 'ca.pem'\n"), "c.toml:3:1: ca: only a receiver that dials"),
     ] {
         let error = desk.receive(ReceiveLayer::default(), &text).expect_err(&text).to_string();
         assert!(error.contains(expected), "{text}\n{error}");
     }
+    let through = |text: &str, https_proxy: Option<&str>| {
+        desk.write("p.toml", text);
+        let environment =
+            Environment { https_proxy: https_proxy.map(str::to_owned), ..desk.environment() };
+        let loaded = load_receive(ReceiveLayer::default(), Some(Path::new("p.toml")), &environment);
+        let dials = loaded.expect("good").config.dials;
+        dials[0].endpoint.proxy.as_ref().map(ToString::to_string)
+    };
+    let lan = Some("http://lan:3128");
+    assert_eq!(through(&both, lan).as_deref(), Some("lan:3128"));
+    assert_eq!(through(&format!("proxy = 'none'\n{both}"), lan), None);
+    let own = format!("proxy = 'http://other:1'\n{both}");
+    assert_eq!(through(&own, lan).as_deref(), Some("other:1"));
     for bad in ["web-1", "=wss://h/", "web-1=h"] {
         assert!(value::dialled_sender(bad).is_err(), "{bad}");
     }

@@ -12,6 +12,7 @@ use super::*;
 use crate::config::{Listen, value};
 use crate::protocol::{ChainKey, Control};
 use crate::sender::Metrics;
+use crate::sender::connection::Pace;
 use crate::sender::link::Links;
 use crate::spool::Budget;
 use crate::transport::{ConnectError, Incoming, Offer, connect};
@@ -39,7 +40,7 @@ fn listen() -> Sender {
         instance,
         run: Uuid::from_u128(8),
         compress: false,
-        rate_limit: None,
+        pace: Pace::new(None),
         chain: None,
         links,
         stop: stopping,
