@@ -68,7 +68,7 @@ enum Intake {
     Unbound(Unbound),
 }
 
-/// A Unix socket whose place somebody has to mend first.
+/// A Unix socket that is to be bound, perhaps once somebody has mended its place.
 struct Unbound {
     path: PathBuf,
     mode: u32,
@@ -77,6 +77,10 @@ struct Unbound {
 }
 
 impl Unbound {
+    fn new(path: &Path, mode: u32, bind: fn(&Path, u32) -> Result<Intake, BindError>) -> Unbound {
+        Unbound { path: path.to_owned(), mode, bind, said: Throttle::default() }
+    }
+
     fn bind(&self) -> Result<Intake, BindError> {
         (self.bind)(&self.path, self.mode)
     }
@@ -127,17 +131,14 @@ impl SpoolSource {
             Input::SupervisorEvents => Intake::Supervisor(
                 SupervisorSource::open(state_dir).map_err(OpenError::Supervisor)?,
             ),
-            Input::UnixDatagram { path, mode } => {
-                let bind =
-                    |path: &Path, mode| Ok(Intake::Datagram(DatagramSource::bind(path, mode)?));
-                Unbound { path: path.clone(), mode: *mode, bind, said: Throttle::default() }
-                    .open()?
-            }
-            Input::UnixStream { path, mode } => {
-                let bind = |path: &Path, mode| Ok(Intake::Stream(StreamSource::bind(path, mode)?));
-                Unbound { path: path.clone(), mode: *mode, bind, said: Throttle::default() }
-                    .open()?
-            }
+            Input::UnixDatagram { path, mode } => Unbound::new(path, *mode, |path, mode| {
+                Ok(Intake::Datagram(DatagramSource::bind(path, mode)?))
+            })
+            .open()?,
+            Input::UnixStream { path, mode } => Unbound::new(path, *mode, |path, mode| {
+                Ok(Intake::Stream(StreamSource::bind(path, mode)?))
+            })
+            .open()?,
             Input::HttpIntake { address } => Intake::Http(HttpIntake::bind(*address)?),
             Input::SyslogUdp { address, receive_buffer } => {
                 let dropped = attributes.counters.dropped_datagrams.clone();
