@@ -35,16 +35,15 @@ pub async fn run(
 ) -> anyhow::Result<()> {
     let metrics = Arc::new(Metrics::default());
     let mut store = Store::start(Destination::open(&config.destination)?, Arc::default());
-    let part = shutdown.part();
-    let queue = Arc::clone(&store.queue);
-    let lookup = Lookup::new(&config.destination)?;
-    let receiver =
-        Receiver::new(&config, &store.profile, lookup, queue, part.clone(), metrics.clone())?;
-    let mut dials = dials(&config)?;
-    let listener = listen(&config, None)?;
-    let endpoint = Endpoint::at(config.metrics, None, &metrics)?;
-    let mut current = Running { config, listener, endpoint, part };
-    let mut receiver = receiver;
+    let begun = begin(config, &store, &shutdown, &metrics);
+    let (mut current, mut receiver, mut dials) = match begun {
+        Ok(begun) => begun,
+        Err(error) => {
+            // Its thread must not outlive the runtime.
+            store.close().await;
+            return Err(error);
+        }
+    };
     systemd::ready();
     loop {
         let serving = receiver.run(current.listener.clone(), dials);
@@ -91,6 +90,24 @@ pub async fn run(
     store.close().await;
     info!("stopped");
     Ok(())
+}
+
+/// Opens what the first configuration needs besides the destination.
+fn begin(
+    config: ReceiveConfig,
+    store: &Store,
+    shutdown: &Shutdown,
+    metrics: &Arc<Metrics>,
+) -> anyhow::Result<(Running, Receiver, Vec<Dial>)> {
+    let part = shutdown.part();
+    let queue = Arc::clone(&store.queue);
+    let lookup = Lookup::new(&config.destination)?;
+    let receiver =
+        Receiver::new(&config, &store.profile, lookup, queue, part.clone(), metrics.clone())?;
+    let dials = dials(&config)?;
+    let listener = listen(&config, None)?;
+    let endpoint = Endpoint::at(config.metrics, None, metrics)?;
+    Ok((Running { config, listener, endpoint, part }, receiver, dials))
 }
 
 /// What is in force.
