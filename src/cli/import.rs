@@ -20,7 +20,7 @@ may then be there twice, but none is lost.")]
 #[command(after_long_help = "\
 Examples:
   Look first, and change nothing:
-    waybill import --from-filebeat /var/lib/filebeat --config /etc/waybill/sender.toml --dry-run
+    waybill import --from-filebeat /var/lib/filebeat --config /etc/waybill/send.toml --dry-run
 
   All sincedb files of Logstash, with the files and settings that 'send' will be given too:
     waybill import --from-logstash /var/lib/logstash/plugins/inputs/file '/var/log/nginx/*.log' --type nginx

@@ -528,7 +528,7 @@ Examples:
   waybill search 'error -process.name:cron'
   waybill search http.response.status_code:502 --elasticsearch http://127.0.0.1:9200 --json")]
 pub struct Search {
-    /// Words, a \"phrase\", field:value; nothing finds every line
+    /// Words, a "phrase", field:value; nothing finds every line
     #[arg(value_name = "QUERY")]
     pub query: Vec<String>,
     /// SQLite file of the embedded store [default: where 'waybill receive' puts it]

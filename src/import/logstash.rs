@@ -14,6 +14,9 @@ use super::{Identity, ImportError, Position, is_locked};
 /// What the names begin with that Logstash chooses itself.
 const NAME: &str = ".sincedb";
 
+/// No sincedb is so large: a line for each file has some hundred bytes.
+const BYTES_MAX: u64 = 64 << 20;
+
 /// All positions of a sincedb file, or of those in a folder.
 pub(super) fn read(path: &Path) -> Result<Vec<Position>, ImportError> {
     let files = if path.is_dir() { in_folder(path)? } else { vec![path.to_owned()] };
@@ -25,8 +28,13 @@ pub(super) fn read(path: &Path) -> Result<Vec<Position>, ImportError> {
             return Err(ImportError::Running { shipper: "Logstash", lock });
         }
         let unreadable = |error| ImportError::registry(&file, format!("cannot be read: {error}"));
+        let metadata = fs::metadata(&file).map_err(unreadable)?;
+        if !metadata.is_file() || metadata.len() > BYTES_MAX {
+            let reason = "is no sincedb: no file, or one of more than 64 MiB";
+            return Err(ImportError::registry(&file, reason));
+        }
         let text = fs::read(&file).map_err(unreadable)?;
-        let modified = fs::metadata(&file).and_then(|m| m.modified()).map_err(unreadable)?;
+        let modified = metadata.modified().map_err(unreadable)?;
         for (number, line) in text.split_inclusive(|&byte| byte == b'\n').enumerate() {
             let whole = line.strip_suffix(b"\n");
             let position = whole.and_then(|line| parse(line, modified)).ok_or_else(|| {
@@ -148,6 +156,8 @@ mod tests {
             assert!(error.contains(line) && error.contains("INODE MAJOR MINOR"), "{error}");
         }
         assert!(read_text("").expect("an empty one").is_empty());
+        let error = read(Path::new("/dev/zero")).expect_err("endless").to_string();
+        assert!(error.contains("is no sincedb"), "{error}");
     }
 
     #[test]

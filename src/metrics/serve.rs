@@ -27,9 +27,9 @@ use super::Page;
 /// Connections served at a time; further ones wait in the kernel's queue.
 const CONNECTIONS_MAX: usize = 16;
 
-/// How long a peer may take for a request's head, or sit idle between two: longer than the usual
-/// interval of scrapes.
-const PEER_WAIT: Duration = Duration::from_secs(120);
+/// How long a connection may last, for one request and its answer: whoever is slower must not keep a
+/// probe of health out for longer.
+const CONNECTION_LASTS: Duration = Duration::from_secs(10);
 
 /// Pause after a failed accept: out of descriptors stays so for a while.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
@@ -122,10 +122,12 @@ async fn serve(stream: TcpStream, report: Arc<dyn Report>) {
     });
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(PEER_WAIT)
+        .keep_alive(false)
         .serve_connection(TokioIo::new(stream), service);
-    if let Err(error) = connection.await {
-        debug!(%error, "a scrape's connection ended early");
+    match tokio::time::timeout(CONNECTION_LASTS, connection).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => debug!(%error, "a scrape's connection ended early"),
+        Err(_) => debug!("a scrape took too long"),
     }
 }
 

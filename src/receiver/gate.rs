@@ -167,8 +167,12 @@ fn admit(receiver: &Receiver, request: &Request) -> Result<Accepted, Refuse> {
 }
 
 fn authenticate(receiver: &Receiver, request: &Request) -> Result<(Sender, Proof), Refuse> {
-    let tokens = Arc::clone(&receiver.tokens.borrow());
+    let mut tokens = Arc::clone(&receiver.tokens.borrow());
     let hash = request.bearer().map(tokens::hash);
+    let is_unknown = |tokens: &Tokens, hash| tokens.find(&hash, Timestamp::now()).is_none();
+    if hash.is_some_and(|hash| is_unknown(&tokens, hash)) && receiver.look_at_tokens() {
+        tokens = Arc::clone(&receiver.tokens.borrow());
+    }
     let found = hash.and_then(|hash| Some((hash, tokens.find(&hash, Timestamp::now())?)));
     let (hash, entry) = found
         .ok_or_else(|| Refuse::new(401, "the token is missing, unknown, expired or revoked\n"))?;

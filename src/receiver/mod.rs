@@ -16,7 +16,7 @@ mod session;
 mod text;
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
@@ -32,6 +32,7 @@ use crate::config::ReceiveConfig;
 use crate::destination::{Frame, Lookup, Profile, Queue};
 use crate::protocol::FRAME_BYTES_MAX;
 use crate::shutdown::Shutdown;
+use crate::stamp::Stamp;
 use crate::tokens::{self, Tokens, TokensError};
 use crate::transport::{Answer, Handler, Listener, Request, Socket};
 use chain::Claims;
@@ -54,6 +55,8 @@ pub struct Receiver {
     tokens_file: PathBuf,
     tokens: tokio::sync::watch::Receiver<Arc<Tokens>>,
     tokens_changed: tokio::sync::watch::Sender<Arc<Tokens>>,
+    /// The tokens file as it was when a token was looked for in vain.
+    tokens_missed: Mutex<Option<Stamp>>,
     queue: Arc<Queue>,
     /// One permit per byte of frames between their arrival and the end of their work.
     memory: Arc<Semaphore>,
@@ -102,6 +105,7 @@ impl Receiver {
             tokens_file: config.tokens.clone(),
             tokens,
             tokens_changed,
+            tokens_missed: Mutex::default(),
             queue,
             memory: Arc::new(Semaphore::new(memory_bytes_max)),
             memory_bytes_max,
@@ -122,6 +126,19 @@ impl Receiver {
     pub fn reopened(&mut self, destination: &Profile) {
         Arc::make_mut(&mut self.terms).destination = destination.id;
         self.health = Health::new(destination.health.clone());
+    }
+
+    /// Reads the tokens file at once if it has changed since a token was looked for in vain: what was
+    /// minted a moment ago is good. Whether it was read.
+    fn look_at_tokens(&self) -> bool {
+        let stamp = Stamp::of(&self.tokens_file);
+        let mut missed = self.tokens_missed.lock().unwrap_or_else(PoisonError::into_inner);
+        let changed = *missed != stamp;
+        if changed {
+            *missed = stamp;
+            tokens::watch::reload(&self.tokens_file, &self.tokens_changed);
+        }
+        changed
     }
 
     /// Serves until the shutdown, then drains: senders that come are told 503 (or wait for the

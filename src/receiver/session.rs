@@ -96,8 +96,8 @@ impl Violation {
         let reason = match hello.chain {
             None => "this token needs its chain key: give the sender --chain-key-file FILE",
             Some(_) => {
-                "the chain key is not this token's: copy the right file for --chain-key-file, or \
-                 waybill token NAME --rotate --chain-key FILE"
+                "not this token's chain key: copy the right file, or make another: waybill token \
+                 NAME --rotate --chain-key FILE"
             }
         };
         Violation { is_unproven: true, ..Violation::new(close::POLICY, reason) }

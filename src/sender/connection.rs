@@ -213,7 +213,7 @@ async fn receive(link: &Link, mut socket: SocketReceiver) -> Ended {
                 break;
             }
             None => {
-                info!("the receiver closed the connection");
+                info!("connection closed");
                 break;
             }
         };
@@ -237,7 +237,7 @@ async fn receive(link: &Link, mut socket: SocketReceiver) -> Ended {
             },
             Incoming::Close { code, reason } => {
                 if matches!(code, close::NORMAL | close::GOING_AWAY | close::RESTART) {
-                    info!(code, ?reason, "the receiver closed the connection");
+                    info!(code, ?reason, "connection closed");
                 } else {
                     warn!(code, ?reason, "the receiver closed the connection");
                 }

@@ -4,7 +4,7 @@
 //! configuration changes: its socket stays bound and is read all the while.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -117,15 +117,10 @@ impl Unbound {
     }
 }
 
-impl SpoolSource {
-    /// Binds the socket, if it can be, and opens the spool; `None` for a source of files. Blocking.
-    fn open(
-        attributes: &Attributes,
-        state_dir: &Path,
-        budget: &Arc<Budget>,
-    ) -> Result<Option<SpoolSource>, OpenError> {
-        let source = &attributes.source;
-        let intake = match &source.input {
+impl Intake {
+    /// Binds the socket, if it can be; `None` for a source of files. Blocking.
+    fn bind(attributes: &Attributes, state_dir: &Path) -> Result<Option<Intake>, OpenError> {
+        Ok(Some(match &attributes.source.input {
             Input::Files { .. } => return Ok(None),
             Input::Stdin => Intake::Stdin(StdinSource::open().map_err(OpenError::Stdin)?),
             Input::SupervisorEvents => Intake::Supervisor(
@@ -148,10 +143,22 @@ impl SpoolSource {
             Input::SyslogTcp { address, tls } => {
                 Intake::Stream(StreamSource::bind_tcp(*address, tls.as_ref())?)
             }
-        };
+        }))
+    }
+}
+
+impl SpoolSource {
+    /// Opens the spool behind this intake. Blocking.
+    fn open(
+        attributes: &Attributes,
+        intake: Intake,
+        state_dir: &Path,
+        budget: &Arc<Budget>,
+    ) -> Result<SpoolSource, OpenError> {
+        let source = attributes.source.clone();
         let folder = directory(state_dir, &source.name);
         let spool = Arc::new(Spool::open(&folder, budget.clone())?);
-        Ok(Some(SpoolSource { source: source.clone(), spool, intake }))
+        Ok(SpoolSource { source, spool, intake })
     }
 
     /// Spools what comes in, until `shutdown` or until the source is given up.
@@ -272,8 +279,9 @@ pub struct Intakes(Vec<Running>);
 #[derive(Default)]
 pub struct Needed {
     opened: Vec<SpoolSource>,
-    /// Sources whose address, path or name another one holds that is given up.
-    held: Vec<Arc<Attributes>>,
+    /// Sources whose name another one holds that is given up; without an intake where that one holds
+    /// the address or path, too.
+    held: Vec<(Arc<Attributes>, Option<Intake>)>,
 }
 
 impl Intakes {
@@ -290,18 +298,22 @@ impl Intakes {
             if self.0.iter().any(|running| running.serves(source)) {
                 continue;
             }
-            let claim = Claim::of(&source.input);
-            let holds = |running: &Running| {
-                let theirs = Claim::of(&running.source.input);
-                (claim.is_some() && theirs == claim)
-                    || (theirs.is_some() && running.source.name == source.name)
+            let Some(claim) = Claim::of(&source.input) else { continue };
+            let claimed =
+                |running: &Running| Claim::of(&running.source.input).as_ref() == Some(&claim);
+            let named = |running: &Running| {
+                running.source.name == source.name && Claim::of(&running.source.input).is_some()
             };
-            if !self.0.iter().any(holds) {
-                needed.opened.extend(opened(attributes, state_dir, budget)?);
-            } else if claim == Some(Claim::Stdin) {
-                return Err(failed(source, OpenError::StdinTaken));
-            } else {
-                needed.held.push(attributes.clone());
+            if self.0.iter().any(claimed) {
+                if claim == Claim::Stdin {
+                    return Err(failed(source, OpenError::StdinTaken));
+                }
+                assignable(&source.input).map_err(|error| failed(source, error))?;
+                needed.held.push((attributes.clone(), None));
+            } else if self.0.iter().any(named) {
+                needed.held.push((attributes.clone(), bound(attributes, state_dir)?));
+            } else if let Some(intake) = bound(attributes, state_dir)? {
+                needed.opened.push(opened(attributes, intake, state_dir, budget)?);
             }
         }
         Ok(needed)
@@ -324,8 +336,14 @@ impl Intakes {
         for running in given_up {
             running.give_up().await;
         }
-        for attributes in &needed.held {
-            needed.opened.extend(opened(attributes, state_dir, budget)?);
+        for (attributes, intake) in needed.held {
+            let intake = match intake {
+                None => bound(&attributes, state_dir)?,
+                intake => intake,
+            };
+            if let Some(intake) = intake {
+                needed.opened.push(opened(&attributes, intake, state_dir, budget)?);
+            }
         }
         self.0.extend(needed.opened.into_iter().map(|source| source.start(shutdown)));
         Ok(())
@@ -348,13 +366,32 @@ impl Intakes {
     }
 }
 
+fn bound(attributes: &Attributes, state_dir: &Path) -> Result<Option<Intake>, SendError> {
+    Intake::bind(attributes, state_dir).map_err(|error| failed(&attributes.source, error))
+}
+
 fn opened(
     attributes: &Attributes,
+    intake: Intake,
     state_dir: &Path,
     budget: &Arc<Budget>,
-) -> Result<Option<SpoolSource>, SendError> {
-    let opened = SpoolSource::open(attributes, state_dir, budget);
+) -> Result<SpoolSource, SendError> {
+    let opened = SpoolSource::open(attributes, intake, state_dir, budget);
     opened.map_err(|error| failed(&attributes.source, error))
+}
+
+/// Whether this machine has the address, whose port a source that is given up holds still.
+fn assignable(input: &Input) -> Result<(), OpenError> {
+    let address = match input {
+        Input::HttpIntake { address }
+        | Input::SyslogTcp { address, .. }
+        | Input::SyslogUdp { address, .. } => *address,
+        _ => return Ok(()),
+    };
+    match UdpSocket::bind((address.ip(), 0)) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(BindError::address(address, error).into()),
+    }
 }
 
 fn failed(source: &SourceConfig, error: OpenError) -> SendError {

@@ -122,7 +122,8 @@ impl BindError {
         )
     }
 
-    pub(super) fn address(address: SocketAddr, source: io::Error) -> BindError {
+    /// Why an address cannot be bound.
+    pub fn address(address: SocketAddr, source: io::Error) -> BindError {
         match source.kind() {
             io::ErrorKind::AddrInUse => BindError::AddressInUse { address },
             io::ErrorKind::PermissionDenied => BindError::AddressDenied { address },

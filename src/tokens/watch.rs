@@ -42,7 +42,8 @@ pub async fn run(
     }
 }
 
-fn reload(file: &Path, tokens: &watch::Sender<Arc<Tokens>>) {
+/// Reads the file now, as [`run`] does at its next look.
+pub fn reload(file: &Path, tokens: &watch::Sender<Arc<Tokens>>) {
     match Tokens::load(file) {
         Ok(fresh) => {
             let changed = tokens.send_if_modified(|known| {

@@ -150,6 +150,9 @@ pub enum ConnectError {
     /// The connection broke within the upgrade, or the answer is not HTTP.
     #[error("the HTTP upgrade broke off: {0}")]
     Broken(#[source] hyper::Error),
+    /// Without TLS, the answer is not HTTP.
+    #[error("the answer is no HTTP: if the server speaks TLS on this port, use wss://")]
+    NotHttp,
 }
 
 impl ConnectError {
@@ -164,6 +167,7 @@ impl ConnectError {
                 | ConnectError::ProxyRefused { status: 401 | 403 | 405 | 407, .. }
                 | ConnectError::Redirected { .. }
                 | ConnectError::Subprotocol { .. }
+                | ConnectError::NotHttp
         )
     }
 
@@ -421,6 +425,7 @@ fn broken(endpoint: &Endpoint, error: hyper::Error) -> ConnectError {
         Some(fault @ TlsFault::Refused(_)) => {
             ConnectError::Tls { host: server_name(&endpoint.host).to_owned(), fault }
         }
+        _ if !endpoint.tls && error.is_parse() => ConnectError::NotHttp,
         _ => ConnectError::Broken(error),
     }
 }
@@ -579,6 +584,8 @@ fn advice(status: u16, body: &str) -> String {
             "a proxy or the receiver takes this request for broken: check address and certificate"
         }
         401 => "the token is unknown, expired or revoked: ask for one with `waybill token`",
+        403 if body.contains("client certificate") => "show the right one with --cert and --key",
+        403 if body.contains("token") => "",
         403 => "a proxy or the server itself forbids this request",
         429 => "this token has too many connections open",
         503 => "it is starting, stopping, or has a connection already",

@@ -214,7 +214,9 @@ pub enum BindError {
         address: String,
     },
     /// A port below 1024, or a folder, that this user may not use.
-    #[error("{address} may not be bound by this user: choose a port above 1023 or another folder")]
+    #[error(
+        "{address} may not be bound by this user: choose a port above 1023 or a folder of its own, or grant CAP_NET_BIND_SERVICE"
+    )]
     Denied {
         /// As configured.
         address: String,

@@ -21,7 +21,7 @@ use crate::support::waybill::{
 
 const REPORTED: &str = "a copied token?";
 const NEEDS_KEY: &str = "needs its chain key: give the sender --chain-key-file";
-const WRONG_KEY: &str = "the chain key is not this token's";
+const WRONG_KEY: &str = "not this token's chain key";
 const GONE: &str = "has a receipt for is not there";
 const THERE: &str = "the last receipted document is there";
 const BLIND: &str = "last receipted documents are not looked up";

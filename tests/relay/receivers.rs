@@ -103,7 +103,7 @@ fn a_receiver_that_drains_hands_over() {
 /// takes the lines of whatever waits for no answer; what does wait follows with its answers.
 #[test]
 fn lines_flow_to_the_next_receiver_while_one_drains() {
-    const CLOSED: &str = "the receiver closed the connection";
+    const CLOSED: &str = "connection closed";
     let Some(node) = Elasticsearch::shared_8_17() else { return };
     let bench = Bench::new();
     let prefix = prefix("pause");

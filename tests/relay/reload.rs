@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::io::Write;
+use std::net::TcpListener;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -11,7 +12,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::support::servers::{free_port, spawn_bound, wait_until};
+use super::support::servers::{free_port, http, spawn_bound, wait_until};
 use super::support::waybill::{Bench, PATIENCE, Process, lines, numbered};
 
 const TAKEN: &str = "the changed configuration is in force";
@@ -202,6 +203,38 @@ fn sources_come_and_go_and_what_cannot_be_bound_is_refused() {
     assert!(sender.stop().success());
     let sockets = numbered("datagram", written + 1).chain(numbered("stream", 100));
     bench.assert_lines(numbered("file", written).chain(sockets).chain(numbered("late", 10)));
+}
+
+/// Under the name that it had: what it listened on before goes on.
+#[test]
+fn a_source_that_cannot_move_stays_where_it_is() {
+    let bench = Bench::new();
+    let receiver = bench.receiver();
+    let port = free_port();
+    let at = |address: &str| format!("[[source]]\nname = 'posts'\nhttp_intake = '{address}'\n");
+    let mut sender = {
+        bench.write("send.toml", at(&format!("127.0.0.1:{port}")));
+        start(&bench, &receiver)
+    };
+    let taken = TcpListener::bind("127.0.0.1:0").expect("bind");
+    let taken = taken.local_addr().expect("an address").to_string();
+    // Documentation addresses (RFC 5737) are nobody's, with the port that we hold ourselves too.
+    let [elsewhere, same_port] = [free_port(), port].map(|port| format!("192.0.2.9:{port}"));
+    for address in [taken, elsewhere, same_port] {
+        bench.write("send.toml", at(&address));
+        hang_up(&sender, REFUSED);
+    }
+    let host = format!("127.0.0.1:{port}");
+    let (status, text) = http(&host, "POST", "/", "text/plain", b"kept\n").expect("an answer");
+    assert_eq!(status, 200, "{text}");
+    let moved = format!("127.0.0.1:{}", free_port());
+    bench.write("send.toml", at(&moved));
+    hang_up(&sender, TAKEN);
+    let (status, text) = http(&moved, "POST", "/", "text/plain", b"moved\n").expect("an answer");
+    assert_eq!(status, 200, "{text}");
+    bench.wait_for_lines(2);
+    assert!(sender.stop().success());
+    bench.assert_lines(["kept".to_owned(), "moved".to_owned()]);
 }
 
 /// What was read of standard input before the reload is half of a line.

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use crate::support::servers::wait_until;
 use crate::support::store::{assert_lines, assert_slow_retries, run, wait_for_lines};
-use crate::support::waybill::{Bench, Finished, PATIENCE, Process, lines, waybill};
+use crate::support::waybill::{Bench, Certificates, Finished, PATIENCE, Process, lines, waybill};
 
 fn token(bench: &Bench, arguments: &[&str]) -> Finished {
     let mut command: Command = waybill();
@@ -143,6 +143,36 @@ fn a_token_minted_while_the_receiver_runs_gets_in() {
     let mut sender = bench.sender(&receiver, &["app.log"]);
     wait_for_lines(&bench, 100);
     assert!(sender.stop().success());
+}
+
+/// A receiver that looks at its file each second must not refuse what was minted in between.
+#[test]
+fn a_token_that_was_minted_just_now_is_good() {
+    let bench = Bench::new();
+    let receiver = bench.receiver();
+    bench.write("app.log", lines("line", 10));
+    for number in 0..5 {
+        let name = format!("new-{number}");
+        bench.token(&name);
+        let token = bench.path(&format!("{name}.token")).display().to_string();
+        let state = bench.path(&format!("state-{number}")).display().to_string();
+        let flags = ["app.log", "--token-file", &token, "--state-dir", &state];
+        bench.send_once(&receiver, &flags).ok();
+    }
+}
+
+#[test]
+fn a_port_that_speaks_tls_is_named_to_who_does_not() {
+    let bench = Bench::new();
+    Certificates::make(&bench.path(""));
+    let [certificate, key] = ["server.pem", "server.key"].map(|name| bench.path(name));
+    let receiver = bench.receiver_with(move |command| {
+        command.arg("--tls-cert").arg(&certificate).arg("--tls-key").arg(&key);
+    });
+    bench.write("app.log", "a line\n");
+    let refused = bench.send_once(&receiver, &["app.log"]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(refused.stderr.contains("use wss://"), "{}", refused.stderr);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //! are written before the commands that need them.
 //!
 //! A fenced block marked `console` is run: lines that begin with `$ ` are commands, what follows is their output. A block
-//! with a path behind its language (`toml /etc/waybill/sender.toml`) is that file. One marked `shell-session` is run on
+//! with a path behind its language (`toml /etc/waybill/send.toml`) is that file. One marked `shell-session` is run on
 //! machines of its own, by `fleet`. Paths and addresses are those of the test instead; ids, times and the host's name differ
 //! from run to run and are compared as such.
 
