@@ -298,7 +298,7 @@ async fn what_is_no_receiver_is_recognised() {
                   Sec-WebSocket-Accept: AAAA\r\nSec-WebSocket-Protocol: waybill.v1\r\n\r\n";
     assert!(matches!(canned(no_key).await, Err(ConnectError::NotWaybill { status: 101, .. })));
     let not_http = "220 mail.example ESMTP\r\n\r\n";
-    assert!(matches!(canned(not_http).await, Err(ConnectError::Broken(_))));
+    assert!(matches!(canned(not_http).await, Err(ConnectError::NotHttp)));
     // A body that never comes costs a second, not the answer.
     let silent = "HTTP/1.1 503 Wait\r\nRetry-After: 3\r\nContent-Length: 100\r\n\r\n";
     match canned(silent).await {

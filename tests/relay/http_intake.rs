@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::Value;
 
+use super::support::documents::prefix;
 use super::support::servers::{Elasticsearch, free_port, have, http, root, wait_until};
 use super::support::waybill::{Bench, PATIENCE, Process, Receiver};
 
@@ -145,7 +146,7 @@ fn lines_without_keys_are_at_least_once() {
 fn a_key_has_the_index_of_its_own_day_in_elasticsearch() {
     let Some(elasticsearch) = Elasticsearch::shared_8_17() else { return };
     let bench = Bench::new();
-    let prefix = format!("intake-{}", free_port());
+    let prefix = prefix("intake");
     let receiver = bench.receiver_into(&elasticsearch.url(), &prefix);
     let port = free_port();
     let address = format!("127.0.0.1:{port}");
