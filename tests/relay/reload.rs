@@ -212,10 +212,9 @@ fn a_source_that_cannot_move_stays_where_it_is() {
     let receiver = bench.receiver();
     let port = free_port();
     let at = |address: &str| format!("[[source]]\nname = 'posts'\nhttp_intake = '{address}'\n");
-    let mut sender = {
-        bench.write("send.toml", at(&format!("127.0.0.1:{port}")));
-        start(&bench, &receiver)
-    };
+    bench.write("send.toml", at(&format!("127.0.0.1:{port}")));
+    let mut sender = bench.sender(&receiver, &["--config", "send.toml"]);
+    sender.wait_for_log("listening for HTTP posts");
     let taken = TcpListener::bind("127.0.0.1:0").expect("bind");
     let taken = taken.local_addr().expect("an address").to_string();
     // Documentation addresses (RFC 5737) are nobody's, with the port that we hold ourselves too.

@@ -105,7 +105,9 @@ fn a_stream_socket_loses_no_more_at_a_stop_and_a_kill_than_the_readme_says() {
 
     let all = bench.messages();
     let messages: BTreeSet<String> = all.iter().cloned().collect();
-    assert_eq!(all.len(), messages.len(), "nothing is doubled");
+    // The one message that syslog-ng held while it was reloaded, or met the end of a connection, may come again.
+    let doubled = all.len() - messages.len();
+    assert!(doubled <= ROUNDS.len(), "{doubled} doubled");
     let lost = |round: usize| {
         let numbers = round * ROUND..(round + 1) * ROUND;
         numbers.filter(|number| !messages.contains(&message(*number))).count()

@@ -152,12 +152,12 @@ fn a_token_that_was_minted_just_now_is_good() {
     let receiver = bench.receiver();
     bench.write("app.log", lines("line", 10));
     for number in 0..5 {
-        let name = format!("new-{number}");
-        bench.token(&name);
-        let token = bench.path(&format!("{name}.token")).display().to_string();
-        let state = bench.path(&format!("state-{number}")).display().to_string();
-        let flags = ["app.log", "--token-file", &token, "--state-dir", &state];
-        bench.send_once(&receiver, &flags).ok();
+        let token = bench.token(&format!("new-{number}"));
+        let mut command = waybill();
+        command.arg("send").arg(bench.path("app.log")).args(["--once", "--to", &receiver.url()]);
+        command.arg("--token-file").arg(token);
+        command.arg("--state-dir").arg(bench.path(&format!("state-{number}")));
+        run(command).ok();
     }
 }
 

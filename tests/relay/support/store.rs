@@ -1,5 +1,6 @@
 //! Looking into the store while lines are on their way, and what a finished command said.
 
+use std::io::ErrorKind;
 use std::process::{Command, Output};
 
 use super::servers::wait_until;
@@ -34,9 +35,15 @@ pub fn assert_lines(bench: &Bench, tag: &str, count: usize) {
     assert!(messages == expected, "not the lines that were written");
 }
 
-/// Runs a command to its end.
+/// Runs a command to its end. A script that was written just now is busy for as long as a process that another test
+/// forked meanwhile has not begun its own program.
 pub fn run(mut command: Command) -> Finished {
-    finished(command.output().expect("the program starts"))
+    let mut output = command.output();
+    while output.as_ref().is_err_and(|error| error.kind() == ErrorKind::ExecutableFileBusy) {
+        std::thread::yield_now();
+        output = command.output();
+    }
+    finished(output.expect("the program starts"))
 }
 
 fn finished(output: Output) -> Finished {
