@@ -110,14 +110,14 @@ impl Held {
 /// A copy.
 struct Waiting {
     stamp: Stamp,
-    compressed: bool,
-    decided_at: Instant,
+    /// `None` for one that is decided anew in the next sweep.
+    decided_at: Option<Instant>,
 }
 
 impl Waiting {
     /// To compare an archive is to unpack it: that is not done in each sweep.
     fn is_decided(&self, stamp: Stamp) -> bool {
-        self.compressed && self.stamp == stamp && self.decided_at.elapsed() < ARCHIVE_AGAIN_AFTER
+        self.stamp == stamp && self.decided_at.is_some_and(|at| at.elapsed() < ARCHIVE_AGAIN_AFTER)
     }
 }
 
@@ -243,6 +243,8 @@ impl Follower {
     fn sweep(&mut self, hints: &mut Hints) -> usize {
         self.at_rest.clear();
         let mut seen = Seen {
+                // It may go on in one of them.
+                self.copies.values_mut().for_each(|copy| copy.decided_at = None);
             held: self.streams.iter().map(|(run, held)| (held.inode, *run)).collect(),
             ..Seen::default()
         };
@@ -491,9 +493,9 @@ impl Follower {
                         info!(path = %escape_path(&found.path), "holds what another file holds: \
                             it waits until that one is gone or their bytes differ");
                     }
-                    let (compressed, decided_at) = (found.tail.is_compressed(), Instant::now());
+                    let decided_at = found.tail.is_compressed().then(Instant::now);
                     if let Ok(stamp) = found.tail.stamp() {
-                        self.copies.insert(inode, Waiting { stamp, compressed, decided_at });
+                        self.copies.insert(inode, Waiting { stamp, decided_at });
                     }
                     continue;
                 }

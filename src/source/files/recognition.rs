@@ -183,6 +183,8 @@ pub fn recognise(mut found: Vec<Found>, around: Surroundings<'_>) -> io::Result<
     for (modified, mut found) in rest {
         if originals.iter().any(|original| original.has_copy(&mut found)) {
             decisions.push(Decision::Copy { found });
+            // An archive may be in the making from it.
+            originals.push(Original { at: found.path.clone(), known: None });
         } else {
             originals.push(Original { at: found.path.clone(), known: None });
             new.push((found.is_rotated(), modified, found));
@@ -396,10 +398,10 @@ impl<'a> Original<'a> {
 
     fn has_copy(&self, found: &mut Found) -> bool {
         let at = &self.at;
-        if found.tail.is_compressed() {
-            return is_archive_of(found, at);
+        if is_archive_of(found, at) {
+            return true;
         }
-        if is_archive_name(at, &found.path) {
+        if !found.tail.is_compressed() && is_archive_name(at, &found.path) {
             return is_beginning(found, at);
         }
         let Some(known) = self.known else { return false };
@@ -408,7 +410,11 @@ impl<'a> Original<'a> {
         }
         // Rotation copies from the plain name to a rotated one, never back. Where the original was
         // there before, no generation can have come from its name since: only copies do.
-        (!has_rotated_name(at) && is_beginning(found, at)) || was_cut_off(known, at, found)
+        let is_plain_name = !has_rotated_name(at);
+        if found.tail.is_compressed() {
+            return is_plain_name && was_cut_off(known, at, found);
+        }
+        (is_plain_name && is_beginning(found, at)) || was_cut_off(known, at, found)
     }
 }
 

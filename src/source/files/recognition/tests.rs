@@ -483,9 +483,13 @@ fn a_copy_of_a_file_that_was_truncated_just_now_waits() {
     folder.write("a.log", &text);
     let mut held = folder.known("a.log", &text, 1000);
     held.progress.size = text.len() as u64;
-    folder.write("a.log.1", &text);
     File::options().write(true).open(folder.path("a.log")).expect("open").set_len(0).expect("cut");
-    assert_eq!(folder.decide(&["a.log.1"], &[], &[held]), ["a.log.1 is a copy"]);
+    for (names, copy) in [(&["a.log.1"], text.clone()), (&["a.log.2.gz"], gzip(&text))] {
+        folder.write(names[0], &copy);
+        let decided = folder.decide(names, &[], std::slice::from_ref(&held));
+        assert_eq!(decided, [format!("{} is a copy", names[0])]);
+        fs::remove_file(folder.path(names[0])).expect("remove");
+    }
 }
 
 /// The archive of a run whose last lines are sent from a copy says nothing of another one.
