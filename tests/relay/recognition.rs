@@ -42,6 +42,30 @@ fn a_kill_while_missed_generations_are_taken_up_loses_none() {
     bench.assert_lines(tags.iter().flat_map(|tag| numbered(tag, 20)));
 }
 
+/// Positions were not saved, and the first KiB is the same: the run whose file is there keeps it.
+#[test]
+fn compressed_after_a_kill_beside_an_equal_beginning() {
+    let header = format!("# {}\n", "x".repeat(1500));
+    for pattern in ["app.log", "app.log*"] {
+        let bench = Bench::new();
+        let receiver = bench.receiver();
+        bench.write("app.log", header.clone() + &lines("first", 50));
+        let mut sender = bench.sender(&receiver, &[pattern]);
+        bench.wait_for_lines(51);
+        rename(&bench, "app.log", "app.log.1");
+        bench.write("app.log", header.clone() + &lines("second", 100));
+        bench.wait_for_lines(152);
+        sender.kill_hard();
+        compress(&bench, "app.log.1");
+        for _ in 0..2 {
+            bench.send_once(&receiver, &[pattern]).ok();
+        }
+        let headers = [header.trim_end().to_owned(), header.trim_end().to_owned()];
+        let tags = numbered("first", 50).chain(numbered("second", 100));
+        bench.assert_lines(tags.chain(headers));
+    }
+}
+
 /// A clock of another machine, or preserved times, say nothing.
 #[test]
 fn a_missed_generation_with_an_old_time_is_sent() {

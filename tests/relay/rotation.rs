@@ -203,6 +203,57 @@ fn copied_and_truncated_with_the_sender_down() {
     }
 }
 
+/// The archive is met while the stream of the truncated file does not know of it yet.
+#[test]
+fn copied_truncated_and_compressed_at_once_with_the_sender_up() {
+    for pattern in ["app.log", "app.log*"] {
+        let bench = Bench::new();
+        let receiver = bench.receiver();
+        bench.write("app.log", lines("a", 100));
+        let mut sender = bench.sender(&receiver, &[pattern]);
+        bench.wait_for_lines(100);
+        for (number, tag) in ["b", "c", "d", "e"].into_iter().enumerate() {
+            sender.freeze();
+            for older in (1..=number).rev() {
+                let (from, to) =
+                    (format!("app.log.{older}.gz"), format!("app.log.{}.gz", older + 1));
+                rename(&bench, &from, &to);
+            }
+            copytruncate(&bench);
+            compress(&bench, "app.log.1");
+            bench.append("app.log", lines(tag, 100));
+            sender.signal("-CONT");
+            bench.wait_for_lines(100 * (number + 2));
+        }
+        assert!(sender.stop().success());
+        assert!(!sender.log().contains(" lost: "), "{}", sender.log());
+        bench.send_once(&receiver, &[pattern]).ok();
+        bench.assert_lines(several(&["a", "b", "c", "d", "e"], 100));
+    }
+}
+
+/// A followed file that is still empty comes and goes between two looks.
+#[test]
+fn written_renamed_and_compressed_at_once_with_the_sender_up() {
+    for pattern in ["app.log", "app.log*"] {
+        let bench = Bench::new();
+        let receiver = bench.receiver();
+        bench.write("app.log", "");
+        let mut sender = bench.sender(&receiver, &[pattern]);
+        sender.wait_for_log(" following");
+        sender.freeze();
+        bench.append("app.log", lines("first", 100));
+        rename(&bench, "app.log", "app.log.1");
+        compress(&bench, "app.log.1");
+        bench.write("app.log", lines("second", 100));
+        sender.signal("-CONT");
+        bench.wait_for_lines(200);
+        assert!(sender.stop().success());
+        bench.send_once(&receiver, &[pattern]).ok();
+        bench.assert_lines(several(&["first", "second"], 100));
+    }
+}
+
 #[test]
 fn generations_with_equal_first_lines_are_kept_apart() {
     let header = |tag: &str| lines("header", 200) + &lines(tag, 300);

@@ -4,12 +4,13 @@ mod memory;
 mod recognising;
 
 use std::collections::{HashMap, HashSet};
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use tokio::task::{JoinSet, block_in_place};
@@ -24,8 +25,9 @@ use super::rows::Attributes;
 use super::stream::{End, Ended, Flags, Parts, Stream, file_origin};
 use crate::config::{Input, Start};
 use crate::descriptors;
-use crate::record::{Framing, escape_path};
+use crate::record::{Framing, Prefix, escape_path};
 use crate::source::files::discovery::{Hints, SWEEP_INTERVAL, Sweep, has_wildcard, sweep};
+use crate::source::files::fingerprint::{PREFIX_BYTES_MAX, prefix};
 use crate::source::files::recognition::{Decision, Found};
 use crate::source::files::siblings::is_rotated_name;
 use crate::source::files::survey::SurveyError;
@@ -89,9 +91,17 @@ struct Held {
     inode: Inode,
     path: PathBuf,
     stamp: Option<Stamp>,
+    file: Weak<File>,
 }
 
 impl Held {
+    /// What its first bytes are by now, whatever its name.
+    fn prefix(&self) -> Option<Prefix> {
+        let mut first = [0; PREFIX_BYTES_MAX];
+        let read = self.file.upgrade()?.read_at(&mut first, 0).ok()?;
+        Some(prefix(&first[..read]))
+    }
+
     fn look(&self) {
         self.flags.look.store(true, Ordering::Relaxed);
         self.mailbox.wake.notify_one();
@@ -110,14 +120,14 @@ impl Held {
 /// A copy.
 struct Waiting {
     stamp: Stamp,
-    compressed: bool,
-    decided_at: Instant,
+    /// `None` for one that is decided anew in the next sweep.
+    decided_at: Option<Instant>,
 }
 
 impl Waiting {
     /// To compare an archive is to unpack it: that is not done in each sweep.
     fn is_decided(&self, stamp: Stamp) -> bool {
-        self.compressed && self.stamp == stamp && self.decided_at.elapsed() < ARCHIVE_AGAIN_AFTER
+        self.stamp == stamp && self.decided_at.is_some_and(|at| at.elapsed() < ARCHIVE_AGAIN_AFTER)
     }
 }
 
@@ -233,6 +243,8 @@ impl Follower {
                 }
             }
             End::Lost => {
+                // It may go on in one of them.
+                self.copies.values_mut().for_each(|copy| copy.decided_at = None);
                 self.missing.insert(ended.run, ended);
             }
             End::Done | End::Stopped => {}
@@ -491,9 +503,9 @@ impl Follower {
                         info!(path = %escape_path(&found.path), "holds what another file holds: \
                             it waits until that one is gone or their bytes differ");
                     }
-                    let (compressed, decided_at) = (found.tail.is_compressed(), Instant::now());
+                    let decided_at = found.tail.is_compressed().then(Instant::now);
                     if let Ok(stamp) = found.tail.stamp() {
-                        self.copies.insert(inode, Waiting { stamp, compressed, decided_at });
+                        self.copies.insert(inode, Waiting { stamp, decided_at });
                     }
                     continue;
                 }
@@ -518,7 +530,7 @@ impl Follower {
         until: Option<u64>,
         start: u64,
     ) -> io::Result<()> {
-        let (path, inode) = (found.path, found.tail.inode());
+        let (path, inode, file) = (found.path, found.tail.inode(), found.tail.stored());
         let parts = Parts {
             context: self.context.clone(),
             attributes: self.sources[found.source].attributes.clone(),
@@ -541,7 +553,7 @@ impl Follower {
         self.resting.remove(&inode);
         let (mailbox, flags) = (stream.mailbox(), stream.flags());
         flags.renamed(&path);
-        self.streams.insert(run, Held { mailbox, flags, inode, path, stamp: None });
+        self.streams.insert(run, Held { mailbox, flags, inode, path, stamp: None, file });
         let task = self.tasks.spawn(stream.run());
         self.runs.insert(task.id(), run);
         Ok(())

@@ -136,7 +136,7 @@ impl Follower {
     }
 
     /// Where the file of a run in hand is now. That of a kept copy is gone.
-    fn held(&self, known: Known) -> recognition::Held {
+    fn held(&self, mut known: Known) -> recognition::Held {
         let named = |held: &Held| {
             let metadata = fs::metadata(&held.path).ok();
             let is_there = metadata.is_some_and(|metadata| Inode::of(&metadata) == held.inode);
@@ -147,6 +147,13 @@ impl Follower {
             Some(held) => named(held),
             None => rests().map(|resting| resting.path.clone()),
         };
+        // What came into an empty file is in hand, though its stream has not seen it yet.
+        if at.is_none()
+            && known.progress.prefix.length == 0
+            && let Some(prefix) = self.streams.get(&known.run).and_then(Held::prefix)
+        {
+            known.progress.prefix = prefix;
+        }
         recognition::Held { known, at }
     }
 

@@ -17,6 +17,7 @@
 //! on which others of the same sweep became durable.
 
 use std::cmp::Reverse;
+use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -182,6 +183,8 @@ pub fn recognise(mut found: Vec<Found>, around: Surroundings<'_>) -> io::Result<
     let mut new = Vec::new();
     for (modified, mut found) in rest {
         if originals.iter().any(|original| original.has_copy(&mut found)) {
+            // An archive may be in the making from it.
+            originals.push(Original { at: found.path.clone(), known: None });
             decisions.push(Decision::Copy { found });
         } else {
             originals.push(Original { at: found.path.clone(), known: None });
@@ -349,14 +352,33 @@ fn was_truncated(found: &mut [Found], runs: &[&Known], run: usize, pairs: &[Pair
                 && (pair.fit == Fit::Home || runs[pair.run].evidence() > evidence)
         })
     };
-    pairs.iter().any(|pair| {
+    let from = runs[run].progress.position;
+    let mut copies = pairs.iter().filter(|pair| {
         if pair.run != run || pair.fit != Fit::Rotated || is_anothers(pair.file) {
             return false;
         }
         let Ok([home, copy]) = found.get_disjoint_mut([home, pair.file]) else { return false };
-        let from = runs[run].progress.position;
         matches!(begins_with(&mut home.tail, &mut copy.tail, from), Ok(false))
-    })
+    });
+    // Each predecessor without a file accounts for one.
+    let is_at_home = |run| pairs.iter().any(|pair| pair.fit == Fit::Home && pair.run == run);
+    let is_predecessors = |pair: &&Pair| {
+        pair.fit == Fit::Rotated
+            && !is_at_home(pair.run)
+            && is_predecessor(runs[pair.run], runs[run])
+    };
+    let predecessors: BTreeSet<usize> =
+        pairs.iter().filter(is_predecessors).map(|pair| pair.run).collect();
+    copies.nth(predecessors.len()).is_some()
+}
+
+/// Whether a run's file had the other one's name before it, was another file, and no more is known
+/// of the other: what fits both under a rotated name is the earlier one's.
+fn is_predecessor(known: &Known, other: &Known) -> bool {
+    known.opened < other.opened
+        && known.path() == other.path()
+        && known.inode() != other.inode()
+        && known.evidence() == other.evidence()
 }
 
 /// Whether this is an archive of all that is known of a run whose file is gone.
@@ -396,10 +418,10 @@ impl<'a> Original<'a> {
 
     fn has_copy(&self, found: &mut Found) -> bool {
         let at = &self.at;
-        if found.tail.is_compressed() {
-            return is_archive_of(found, at);
+        if is_archive_of(found, at) {
+            return true;
         }
-        if is_archive_name(at, &found.path) {
+        if !found.tail.is_compressed() && is_archive_name(at, &found.path) {
             return is_beginning(found, at);
         }
         let Some(known) = self.known else { return false };
@@ -408,7 +430,11 @@ impl<'a> Original<'a> {
         }
         // Rotation copies from the plain name to a rotated one, never back. Where the original was
         // there before, no generation can have come from its name since: only copies do.
-        (!has_rotated_name(at) && is_beginning(found, at)) || was_cut_off(known, at, found)
+        let is_plain_name = !has_rotated_name(at);
+        if found.tail.is_compressed() {
+            return is_plain_name && was_cut_off(known, at, found);
+        }
+        (is_plain_name && is_beginning(found, at)) || was_cut_off(known, at, found)
     }
 }
 

@@ -4,6 +4,7 @@ use std::fs::{File, Metadata};
 use std::io::{self, BufReader, Read};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Weak};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::buffer::spare_capacity;
@@ -96,7 +97,7 @@ impl Compression {
 
 /// An open file. All methods may block on the disk.
 pub struct Tail {
-    file: File,
+    file: Arc<File>,
     path: PathBuf,
     inode: Inode,
     born: u64,
@@ -124,12 +125,18 @@ impl Tail {
         }
         let decoder = Compression::of(path).map(|kind| Decoder::new(kind, &metadata));
         let inode = Inode::of(&metadata);
-        Ok(Tail { file, path: path.to_owned(), inode, born: born(&metadata), decoder })
+        let (file, path) = (Arc::new(file), path.to_owned());
+        Ok(Tail { file, path, inode, born: born(&metadata), decoder })
     }
 
     /// The path under which it was opened.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The file as it is stored, for as long as it is open here.
+    pub fn stored(&self) -> Weak<File> {
+        Arc::downgrade(&self.file)
     }
 
     /// Its device and inode.

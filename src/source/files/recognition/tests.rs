@@ -475,6 +475,30 @@ fn runs_with_equal_beginnings_stay_at_their_homes() {
     assert_eq!(folder.decide(&["a.log"], &lost, &[]), ["a.log continues 1", "a.log.1 continues 0"]);
 }
 
+/// An archive that fits two runs is the earlier one's: the other has its own file.
+#[test]
+fn a_run_with_its_file_stays_beside_its_predecessors_archive() {
+    let folder = Folder::new();
+    let text = |tag: &str| [lines("header", 200), lines(tag, 100)].concat();
+    folder.write("a.log", &text("first"));
+    let first = folder.known("a.log", &text("first"), 0);
+    folder.rename("a.log", "a.log.1");
+    folder.write("a.log", &text("second"));
+    let second = folder.known("a.log", &text("second"), 0);
+    fs::remove_file(folder.path("a.log.1")).expect("remove");
+    folder.write("a.log.1.gz", &gzip(&text("first")));
+    let lost = [first, second];
+    let expected = ["a.log continues 1", "a.log.1.gz continues 0"];
+    assert_eq!(folder.decide_after(&["a.log"], &lost, &[], false), expected);
+    // One more copy is that of the second, which was truncated.
+    folder.write("a.log.2.gz", &gzip(&text("other")));
+    assert!(
+        !folder
+            .decide_after(&["a.log"], &lost, &[], false)
+            .contains(&"a.log continues 1".to_owned())
+    );
+}
+
 /// Its stream is about to notice that the file was truncated.
 #[test]
 fn a_copy_of_a_file_that_was_truncated_just_now_waits() {
@@ -483,9 +507,13 @@ fn a_copy_of_a_file_that_was_truncated_just_now_waits() {
     folder.write("a.log", &text);
     let mut held = folder.known("a.log", &text, 1000);
     held.progress.size = text.len() as u64;
-    folder.write("a.log.1", &text);
     File::options().write(true).open(folder.path("a.log")).expect("open").set_len(0).expect("cut");
-    assert_eq!(folder.decide(&["a.log.1"], &[], &[held]), ["a.log.1 is a copy"]);
+    for (names, copy) in [(&["a.log.1"], text.clone()), (&["a.log.2.gz"], gzip(&text))] {
+        folder.write(names[0], &copy);
+        let decided = folder.decide(names, &[], std::slice::from_ref(&held));
+        assert_eq!(decided, [format!("{} is a copy", names[0])]);
+        fs::remove_file(folder.path(names[0])).expect("remove");
+    }
 }
 
 /// The archive of a run whose last lines are sent from a copy says nothing of another one.
