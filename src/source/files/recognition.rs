@@ -389,9 +389,12 @@ fn is_archive_of_gone(found: &mut Found, known: &Known) -> bool {
         && matches!(matches(&mut found.tail, &known.progress), Ok(Match::Whole))
 }
 
-/// Whether this is the archive, whole or in the making, of the file at this path.
+/// Whether this is the archive, whole or in the making, of the file at this path. One that was there
+/// a moment ago and is gone was compressed meanwhile: the next sweep, which knows that, decides.
 fn is_archive_of(found: &mut Found, at: &Path) -> bool {
-    found.tail.is_compressed() && is_archive_name(&found.path, at) && is_beginning(found, at)
+    found.tail.is_compressed()
+        && is_archive_name(&found.path, at)
+        && (is_beginning(found, at) || !at.exists())
 }
 
 /// A copy that cannot be read yet is in the making. What cannot be compared for want of descriptors
