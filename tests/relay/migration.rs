@@ -371,7 +371,7 @@ fn from_filebeat() {
         filestream_state(&bench, &current()),
     ];
     memlog(&bench, 0, states);
-    let steps = ["sender.toml", "--dry-run", "waybill import", "waybill send"];
+    let steps = ["send.toml", "--dry-run", "waybill import", "waybill send"];
     follow("docs/migration/filebeat.md", &steps, &bench, port, &changes);
 }
 

@@ -165,9 +165,11 @@ fn a_token_that_was_minted_just_now_is_good() {
 fn a_port_that_speaks_tls_is_named_to_who_does_not() {
     let bench = Bench::new();
     Certificates::make(&bench.path(""));
-    let [certificate, key] = ["server.pem", "server.key"].map(|name| bench.path(name));
+    let [certificate, key, store] =
+        ["server.pem", "server.key", "store.sqlite"].map(|name| bench.path(name));
     let receiver = bench.receiver_with(move |command| {
         command.arg("--tls-cert").arg(&certificate).arg("--tls-key").arg(&key);
+        command.arg("--store").arg(&store);
     });
     bench.write("app.log", "a line\n");
     let refused = bench.send_once(&receiver, &["app.log"]);
