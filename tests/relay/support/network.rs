@@ -83,13 +83,13 @@ impl Wire {
         fs::write(path, format!("127.0.0.1 localhost\n{text}")).expect("hosts");
     }
 
-    /// Every hundredth packet is lost in both directions, at random (nft(8), `numgen`).
+    /// Every hundredth packet is lost in both directions, the eleventh first (nft(8), `numgen`): at random, none might be.
     pub fn lose_one_percent(&self) {
         for host in [&self.near, &self.far] {
             run(&["ip", "netns", "exec", host, "nft", "add table inet loss"]);
             let chain = "add chain inet loss in { type filter hook input priority 0; }";
             run(&["ip", "netns", "exec", host, "nft", chain]);
-            let rule = "add rule inet loss in numgen random mod 100 == 0 counter drop";
+            let rule = "add rule inet loss in numgen inc mod 100 == 10 counter drop";
             run(&["ip", "netns", "exec", host, "nft", rule]);
         }
     }
