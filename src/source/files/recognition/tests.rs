@@ -549,3 +549,19 @@ fn of_runs_that_fit_alike_the_oldest_goes_on() {
     lost.reverse();
     assert_eq!(folder.decide(&[], &lost, &[]), ["a.log.1.gz continues 1"]);
 }
+
+/// Between the look at the folder and the comparison gzip removed the file whose bytes are in hand.
+#[test]
+fn an_archive_whose_file_went_a_moment_ago_waits() {
+    let folder = Folder::new();
+    let text = lines("line", 500);
+    folder.write("a.log.1", &text);
+    let known = folder.known("a.log.1", &text, text.len());
+    folder.write("a.log.1.gz", &gzip(&text));
+    let found = folder.found(&["a.log.1.gz"]);
+    let held = [Held { known, at: Some(folder.path("a.log.1")) }];
+    fs::remove_file(folder.path("a.log.1")).expect("remove");
+    let around = Surroundings { lost: &[], held: &held, first_run: &[], rebooted: false };
+    let decisions = recognise(found, around).expect("readable");
+    assert!(matches!(decisions[..], [Decision::Copy { .. }]), "{decisions:?}");
+}
