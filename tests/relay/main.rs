@@ -49,6 +49,7 @@ mod sockets;
 mod state;
 mod supervisor;
 mod syslog_answers;
+mod syslog_killed;
 mod syslog_kills;
 mod syslog_network;
 mod syslog_ng;

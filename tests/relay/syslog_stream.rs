@@ -43,27 +43,38 @@ const PADDING_BYTES: usize = 200;
 const WINDOW_BYTES: usize = 212_992 + (64 << 10) + 2 * (2 << 20);
 
 /// Its padding repeats its number, so that a part of it is like a part of no other one.
-fn message(number: usize) -> String {
+pub fn message(number: usize) -> String {
     let mark = format!(" {number:06}");
     format!("message{}", mark.repeat(1 + PADDING_BYTES / mark.len()))
+}
+
+/// The shipped file and block, to this socket.
+pub fn stream_text(socket: &str) -> String {
+    let own = format!("waybill-stream(path(\"{socket}\") dir(\"@FOLDER@\"));");
+    let road = with(&shipped("waybill-stream.conf"), &[("waybill-stream();", &own)]);
+    format!("{HEAD}{}{SOURCE}{road}", plugin("waybill-stream"))
+}
+
+/// A connection to [`SOURCE`].
+pub fn connect(syslog_ng: &SyslogNg) -> UnixStream {
+    UnixStream::connect(syslog_ng.folder().join("in.sock")).expect("connect")
+}
+
+pub fn write(input: &mut UnixStream, message: &str) {
+    let line = format!("<13>Nov 21 10:00:00 app[7]: {message}\n");
+    input.write_all(line.as_bytes()).expect("written");
 }
 
 #[test]
 fn a_stream_socket_loses_no_more_at_a_stop_and_a_kill_than_the_readme_says() {
     let bench = Bench::new();
     let socket = bench.path("syslog.sock").display().to_string();
-    let own = format!("waybill-stream(path(\"{socket}\") dir(\"@FOLDER@\"));");
-    let road = with(&shipped("waybill-stream.conf"), &[("waybill-stream();", &own)]);
-    let text = format!("{HEAD}{}{SOURCE}{road}", plugin("waybill-stream"));
-    let Some(syslog_ng) = SyslogNg::start(&text) else { return };
+    let Some(syslog_ng) = SyslogNg::start(&stream_text(&socket)) else { return };
     let receiver = bench.receiver();
     let arguments = ["--unix-stream", &socket];
     let mut sender = bench.sender(&receiver, &arguments);
-    let mut input = UnixStream::connect(syslog_ng.folder().join("in.sock")).expect("connect");
-    let mut write = |message: &str| {
-        let line = format!("<13>Nov 21 10:00:00 app[7]: {message}\n");
-        input.write_all(line.as_bytes()).expect("written");
-    };
+    let mut input = connect(&syslog_ng);
+    let mut write = |message: &str| write(&mut input, message);
     for (round, act) in ROUNDS.into_iter().enumerate() {
         let before = stored(&bench);
         let (first, end) = (round * ROUND, (round + 1) * ROUND);
@@ -150,4 +161,27 @@ fn a_stream_socket_loses_no_more_at_a_stop_and_a_kill_than_the_readme_says() {
             Act::KillUnderWay => assert!(lost * PADDING_BYTES <= WINDOW_BYTES, "{lost} at a kill"),
         }
     }
+}
+
+#[test]
+fn a_full_spool_holds_syslog_ng_back_on_the_stream_socket_and_loses_nothing() {
+    let bench = Bench::new();
+    let socket = bench.path("syslog.sock").display().to_string();
+    let Some(syslog_ng) = SyslogNg::start(&stream_text(&socket)) else { return };
+    let mut receiver = bench.receiver();
+    receiver.kill_hard();
+    let arguments = ["--unix-stream", &socket, "--spool-bytes-max", "4MiB"];
+    let mut sender = bench.sender(&receiver, &arguments);
+    let mut input = connect(&syslog_ng);
+    let numbers = 0..2 * ROUND;
+    numbers.clone().for_each(|number| write(&mut input, &message(number)));
+    sender.wait_for_log("spool is full");
+    wait_until("the socket is full", PATIENCE, || counter(&syslog_ng, "queued") > ROUND / 4);
+    receiver.start();
+    wait_until("everything is stored", PATIENCE, || stored(&bench) >= numbers.len());
+    assert_eq!(counter(&syslog_ng, "dropped"), 0);
+    assert!(sender.stop().success());
+    let mut expected: Vec<String> = numbers.map(message).collect();
+    expected.sort();
+    assert_eq!(bench.messages(), expected);
 }
