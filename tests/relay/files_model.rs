@@ -184,7 +184,7 @@ impl Model {
         let log = fs::read_to_string(self.bench.path("sender.log")).unwrap_or_default();
         let (stderr, history) = (&finished.stderr, &self.history);
         fs::write(self.bench.path("sender.log"), format!("{log}--- once\n{stderr}")).expect("log");
-        let is_whole = !stderr.contains("lost: ") && stderr.contains("lost_bytes=0 ");
+        let is_whole = !stderr.contains("lost: ") && stderr.contains(" lost_bytes=0 ");
         assert!(is_whole, "{stderr}\n{history:#?}\n{log}");
     }
 
