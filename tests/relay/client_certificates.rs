@@ -81,6 +81,13 @@ const NONE: &str =
 const ANOTHER: &str = "this token needs another client certificate than the one shown";
 const UNKNOWN: &str = "the server refuses this sender's client certificate";
 
+/// `stranger/web-1`: the right name by an authority that nobody knows.
+fn strange_certificate(bench: &Bench) {
+    let folder = bench.path("stranger");
+    fs::create_dir(&folder).expect("a folder");
+    Authority::new(&folder).sign_client(&folder, "web-1", "web-1");
+}
+
 #[test]
 fn a_token_bound_to_a_certificate_is_refused_without_it() {
     let (bench, _) = bench();
@@ -92,9 +99,7 @@ fn a_token_bound_to_a_certificate_is_refused_without_it() {
 
     assert_refused(once(&bench, &url, None), NONE);
     assert_refused(once(&bench, &url, Some("web-2")), ANOTHER);
-    let stranger = bench.path("stranger");
-    fs::create_dir(&stranger).expect("a folder");
-    Authority::new(&stranger).sign_client(&stranger, "web-1", "web-1");
+    strange_certificate(&bench);
     assert_refused(once(&bench, &url, Some("stranger/web-1")), UNKNOWN);
     assert!(bench.messages().is_empty());
 
@@ -290,9 +295,7 @@ fn a_certificate_that_nginx_verified_lets_its_token_in() {
 
     assert_refused(once(&bench, &url, None), NONE);
     assert_refused(once(&bench, &url, Some("web-2")), ANOTHER);
-    let stranger = bench.path("stranger");
-    fs::create_dir(&stranger).expect("a folder");
-    Authority::new(&stranger).sign_client(&stranger, "web-1", "web-1");
+    strange_certificate(&bench);
     let (code, said) = once(&bench, &url, Some("stranger/web-1"));
     assert!(code == Some(1) && said.contains("SSL certificate error"), "{said}");
     // What a client claims is replaced, whether nginx asks for certificates or not.
