@@ -8,13 +8,15 @@ mod connect;
 mod heartbeat;
 mod listen;
 mod proxy;
+mod request;
 mod retry;
 mod socket;
 mod stream;
 
 pub use connect::{ConnectError, Offer, Steps, TlsFault, connect, connect_noting, reach};
 pub use heartbeat::{Beat, Heartbeat};
-pub use listen::{Answer, BindError, Handler, Listener, Peer, Refuse, Request};
+pub use listen::{BindError, Listener};
+pub use request::{Answer, Handler, Peer, Refuse, Request};
 pub use retry::{Pause, Retry};
 pub use socket::{
     Incoming, Outgoing, Socket, SocketError, SocketReceiver, SocketSender, Text, hang_up,
