@@ -264,8 +264,7 @@ pub fn timezone(text: &str) -> Result<String, ValueError> {
         return Ok(text.to_owned());
     }
     refuse(format!(
-        "time zone {text:?} is not known: use UTC or an IANA name such as Europe/Berlin (the \
-         package tzdata holds them)"
+        "time zone {text:?} is not known: use UTC or an IANA name such as Europe/Berlin"
     ))
 }
 

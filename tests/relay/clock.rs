@@ -151,6 +151,14 @@ fn a_clock_that_is_set_back_by_a_day_loses_and_doubles_nothing() {
     }
     bench.assert_lines(expected);
     assert!(!sender.log().contains("lost:"), "{}", sender.log());
+    // A spool's segment ends with its day too.
+    let stored = bench.stored();
+    let index_of = |message: &str| {
+        let line = stored.iter().find(|line| line["message"] == message).expect("stored");
+        line["_index"].as_str().expect("a name")
+    };
+    let last = index_of(&format!("socket piece {} 0", pieces - 1));
+    assert!(last < index_of("socket before 0"), "{last}");
 }
 
 /// Said when it begins, not at each connection.

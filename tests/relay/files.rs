@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::fs::symlink;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -11,8 +12,8 @@ use std::thread;
 use serde_json::{Value, json};
 
 use super::support::documents::{Cleanup, prefix};
-use super::support::servers::{Elasticsearch, wait_until};
-use super::support::waybill::{Bench, PATIENCE, lines, numbered};
+use super::support::servers::{Elasticsearch, have, wait_until};
+use super::support::waybill::{Bench, PATIENCE, Process, lines, numbered};
 
 #[test]
 fn a_file_is_sent_once_and_a_second_run_sends_nothing() {
@@ -227,6 +228,38 @@ fn a_change_of_type_and_labels_holds_from_the_next_line_on() {
         };
         assert_eq!(line["waybill"]["type"], kind, "{line}");
         assert_eq!(line["labels"]["a"], label, "{line}");
+    }
+}
+
+#[test]
+fn a_changed_host_name_holds_from_the_next_line_on() {
+    if !have("unshare", "util-linux") || !have("hostname", "hostname") {
+        return;
+    }
+    let bench = Bench::new();
+    let mut receiver = bench.receiver();
+    receiver.stop();
+    bench.write("app.log", lines("before", 5));
+    let sender_on = |host: &str| {
+        let inner = bench.send_command(&receiver.url(), &["app.log"]);
+        let mut command = Command::new("unshare");
+        command.args(["--uts", "sh", "-c", "hostname \"$0\" && exec \"$@\"", host]);
+        command.arg(inner.get_program()).args(inner.get_args()).current_dir(bench.path(""));
+        Process::start("sender", command, bench.path("sender.log"))
+    };
+    let mut sender = sender_on("old");
+    sender.wait_for_log("following");
+    sender.kill_hard();
+    let mut sender = sender_on("new");
+    sender.wait_for_log("continued=true");
+    receiver.start();
+    bench.append("app.log", lines("after", 5));
+    bench.wait_for_lines(10);
+    assert!(sender.stop().success());
+    bench.assert_lines(numbered("before", 5).chain(numbered("after", 5)));
+    for line in bench.stored() {
+        let is_before = line["message"].as_str().is_some_and(|text| text.starts_with("before"));
+        assert_eq!(line["host"]["name"], if is_before { "old" } else { "new" }, "{line}");
     }
 }
 
