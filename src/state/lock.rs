@@ -21,7 +21,7 @@ const PAUSE: Duration = Duration::from_millis(10);
 pub(super) fn create(dir: &Path) -> Result<File, StateError> {
     let path = dir.join(NAME);
     let file = File::options().create(true).truncate(false).read(true).write(true).open(path);
-    let file = take(dir, file.map_err(|source| failed(dir, source))?)?;
+    let file = take(dir, file.map_err(|source| failed(dir, source))?, pause)?;
     let _ = file.set_len(0);
     // For the message of the next one only; the lock itself is what counts.
     let _ = io::Write::write_all(&mut &file, std::process::id().to_string().as_bytes());
@@ -30,7 +30,7 @@ pub(super) fn create(dir: &Path) -> Result<File, StateError> {
 
 /// Takes the lock where a sender has used this directory before.
 pub(super) fn take_if_there(dir: &Path) -> Result<Option<File>, StateError> {
-    open(dir)?.map(|file| take(dir, file)).transpose()
+    open(dir)?.map(|file| take(dir, file, pause)).transpose()
 }
 
 /// Fails where somebody has the lock.
@@ -52,12 +52,16 @@ fn open(dir: &Path) -> Result<Option<File>, StateError> {
     }
 }
 
-fn take(dir: &Path, file: File) -> Result<File, StateError> {
+fn pause() {
+    std::thread::sleep(PAUSE);
+}
+
+fn take(dir: &Path, file: File, mut pause: impl FnMut()) -> Result<File, StateError> {
     let until = Instant::now() + PATIENCE;
     loop {
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => return Ok(file),
-            Err(Errno::WOULDBLOCK) if Instant::now() < until => std::thread::sleep(PAUSE),
+            Err(Errno::WOULDBLOCK) if Instant::now() < until => pause(),
             Err(Errno::WOULDBLOCK) => return Err(in_use(dir)),
             Err(error) => return Err(failed(dir, error.into())),
         }
@@ -100,10 +104,9 @@ mod tests {
         drop(create(dir.path()).expect("the lock"));
         let asking = open(dir.path()).expect("readable").expect("there");
         flock(&asking, FlockOperation::NonBlockingLockShared).expect("shared");
-        std::thread::scope(|scope| {
-            let start = scope.spawn(|| create(dir.path()));
-            drop(asking);
-            start.join().expect("no panic").expect("the lock");
-        });
+        let mut asking = Some(asking);
+        let starting = open(dir.path()).expect("readable").expect("there");
+        take(dir.path(), starting, || drop(asking.take())).expect("the lock");
+        assert!(asking.is_none(), "it had to wait");
     }
 }
