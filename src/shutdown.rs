@@ -11,6 +11,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
+use crate::telemetry::report;
+
 /// The wish to stop, and the tasks that must end before the process does.
 #[derive(Clone, Debug, Default)]
 pub struct Shutdown {
@@ -89,16 +91,19 @@ impl Shutdown {
 /// ends the process at once with status 1. SIGHUP is passed on to whoever waits for it. SIGXFSZ ends
 /// nothing: a file that may not grow is an error of its write, as on a full disk.
 ///
+/// The first thing that a service does: until then a signal ends the process at once, a reload's too.
 /// Must be called within a tokio runtime.
 pub fn install() -> Shutdown {
     let shutdown = Shutdown::new();
     // The handler stays when its `Signal` is dropped.
     if let Err(error) = signal(SignalKind::from_raw(libc::SIGXFSZ)) {
-        warn!(%error, "SIGXFSZ cannot be caught: a limit of file sizes would end the process");
+        report(&format!(
+            "SIGXFSZ cannot be caught, and a limit of file sizes would end the process: {error}"
+        ));
     }
     let signals = [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()];
     let [Ok(terminate), Ok(interrupt), Ok(hangup)] = signals.map(signal) else {
-        warn!("signals cannot be caught: a signal ends the process without a drain");
+        report("signals cannot be caught: a signal ends the process without a drain");
         return shutdown;
     };
     tokio::spawn(watch(shutdown.clone(), terminate, interrupt, hangup));

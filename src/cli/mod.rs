@@ -431,7 +431,7 @@ pub struct Check {
 /// What is checked, with the flags of that command.
 #[derive(Debug, Subcommand)]
 pub enum CheckSide {
-    /// Files, sockets, state; then each receiver: name, TLS, upgrade, token, clock.
+    /// Files, sockets, ports, state; then each receiver: name, TLS, upgrade, token, types, clock.
     #[command(
         long_about = "Checks what 'waybill send' with the same arguments needs.",
         after_long_help = "\

@@ -57,6 +57,7 @@ pub fn run(cli: Cli) -> Exit {
 }
 
 async fn receive(args: cli::Receive, environment: Environment) -> anyhow::Result<Exit> {
+    let shutdown = shutdown::install();
     let file = args.config.clone();
     let layer = args.layer(&environment);
     let loaded = load_receive(layer.clone(), file.as_deref(), &environment)?;
@@ -65,7 +66,6 @@ async fn receive(args: cli::Receive, environment: Environment) -> anyhow::Result
     if let DestinationConfig::Embedded(store) = &config.destination {
         refuse_for_another_user(store.file.parent().unwrap_or(Path::new("/")))?;
     }
-    let shutdown = shutdown::install();
     systemd::accompany(&shutdown);
     let load = || Ok(take(load_receive(layer.clone(), file.as_deref(), &environment)?, log));
     receive::run(config, shutdown, load).await?;

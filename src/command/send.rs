@@ -17,6 +17,7 @@ use crate::{shutdown, systemd};
 
 /// Sends until a signal, or with `--once` until everything has its receipt.
 pub async fn run(args: cli::Send, environment: Environment) -> anyhow::Result<Exit> {
+    let shutdown = shutdown::install();
     let file = args.config.clone();
     let layer = args.layer(&environment)?;
     let loaded = load_send(layer.clone(), file.as_deref(), &environment)?;
@@ -24,7 +25,6 @@ pub async fn run(args: cli::Send, environment: Environment) -> anyhow::Result<Ex
     let mut config = super::begin(loaded);
     let once = config.once;
     super::refuse_for_another_user(&config.state_dir)?;
-    let shutdown = shutdown::install();
     systemd::accompany(&shutdown);
     let mut sender = Sender::open(&config, &shutdown)?;
     let metrics = sender.metrics();

@@ -20,6 +20,13 @@ pub const SUBPROTOCOL: &str = "waybill.v1";
 /// The subprotocol of clients that send a line per message, see [`crate::receiver`].
 pub const TEXT_SUBPROTOCOL: &str = "waybill.text.v1";
 
+/// The header of a receiver's answer to the upgrade that lists the types of the sender's token, with
+/// commas between: `waybill check` says no `hello`, and gets no `welcome`.
+pub const TYPES_HEADER: &str = "waybill-types";
+
+/// A longer list is left out of the header, in bytes: proxies bound an answer's headers.
+pub const TYPES_HEADER_BYTES_MAX: usize = 2 << 10;
+
 /// Protocol version in `hello` and `welcome`; versions may differ by one.
 pub const VERSION: u32 = 1;
 

@@ -10,8 +10,8 @@ use tracing::info;
 use super::Receiver;
 use super::session::Sender;
 use super::text;
-use crate::protocol::{Challenge, SUBPROTOCOL, TEXT_SUBPROTOCOL};
-use crate::record::SenderId;
+use crate::protocol::{Challenge, SUBPROTOCOL, TEXT_SUBPROTOCOL, TYPES_HEADER_BYTES_MAX};
+use crate::record::{SenderId, TypeName};
 use crate::tls::{self, Fingerprint};
 use crate::tokens::{self, Entry, TokenHash, Tokens};
 use crate::transport::{Answer, Peer, Refuse, Request};
@@ -99,6 +99,12 @@ impl Sender {
             chain_key: entry.chain_key.clone(),
         }
     }
+
+    /// What [`crate::protocol::TYPES_HEADER`] says of it.
+    fn types_header(&self) -> Option<String> {
+        let types: Vec<&str> = self.types.iter().map(TypeName::as_str).collect();
+        Some(types.join(",")).filter(|list| list.len() <= TYPES_HEADER_BYTES_MAX)
+    }
 }
 
 /// Decides about one request.
@@ -111,7 +117,8 @@ pub(super) fn answer(receiver: &Receiver, request: &Request) -> Answer<Accepted>
             let says_hello = matches!(session.speaks, Speaks::Frames);
             let asks = says_hello && session.sender.asks();
             let challenge = asks.then(|| session.challenge.clone());
-            Answer::Accept { subprotocol: session.speaks.subprotocol(), challenge, session }
+            let types = says_hello.then(|| session.sender.types_header()).flatten();
+            Answer::Accept { subprotocol: session.speaks.subprotocol(), challenge, types, session }
         }
         Err(refuse) => {
             receiver.metrics.refused(refuse.status);

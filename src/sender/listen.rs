@@ -209,7 +209,9 @@ impl Handler for Admission {
             return Answer::Refuse(plain(request));
         }
         match self.admit(request) {
-            Ok(session) => Answer::Accept { subprotocol: SUBPROTOCOL, challenge: None, session },
+            Ok(session) => {
+                Answer::Accept { subprotocol: SUBPROTOCOL, challenge: None, types: None, session }
+            }
             Err(refuse) => {
                 let why = refuse.body.trim_end();
                 info!(peer = %request.peer(), status = refuse.status, why, "refused");

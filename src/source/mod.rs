@@ -14,4 +14,4 @@ pub mod stdin;
 pub mod stream;
 pub mod supervisor;
 
-pub use socket::{BindError, SourceError};
+pub use socket::{BindError, Place, SourceError};

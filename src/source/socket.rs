@@ -203,40 +203,64 @@ impl SocketFile {
     }
 }
 
+/// What lies where a socket is wanted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Place {
+    /// Nothing.
+    Free,
+    /// The file of a socket on which nobody listens any more: binding replaces it.
+    Dead,
+    /// A socket on which somebody listens.
+    Taken,
+}
+
+impl Place {
+    /// Looks at `path`. Whoever listens there notices nothing.
+    ///
+    /// # Errors
+    ///
+    /// Where no socket can be bound, whoever tries; or where this user may not ask.
+    pub fn look(path: &Path) -> Result<Place, BindError> {
+        let text = || escape_path(path);
+        if path.as_os_str().len() > PATH_BYTES_MAX {
+            return Err(BindError::TooLong { path: text() });
+        }
+        let metadata = match fs::symlink_metadata(path) {
+            Ok(metadata) => metadata,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return match path.parent() {
+                    Some(dir) if !dir.as_os_str().is_empty() && !dir.exists() => {
+                        Err(BindError::NoDirectory { path: text(), dir: escape_path(dir) })
+                    }
+                    _ => Ok(Place::Free),
+                };
+            }
+            Err(error) => return Err(BindError::io(path, error)),
+        };
+        if !metadata.file_type().is_socket() {
+            return Err(BindError::NotASocket { path: text() });
+        }
+        let probe = UnixDatagram::unbound().map_err(|error| BindError::io(path, error))?;
+        let Err(error) = probe.connect(path) else {
+            return Ok(Place::Taken);
+        };
+        match Errno::from_io_error(&error) {
+            // No socket belongs to the file any more.
+            Some(Errno::CONNREFUSED) => Ok(Place::Dead),
+            Some(Errno::NOENT) => Ok(Place::Free),
+            // A live socket of another type, or one that serves its own peer only.
+            Some(Errno::PROTOTYPE | Errno::PERM) => Ok(Place::Taken),
+            _ => Err(BindError::io(path, error)),
+        }
+    }
+}
+
 /// Makes way for a socket at `path`.
 fn clear(path: &Path) -> Result<(), BindError> {
-    let text = || escape_path(path);
-    if path.as_os_str().len() > PATH_BYTES_MAX {
-        return Err(BindError::TooLong { path: text() });
-    }
-    let metadata = match fs::symlink_metadata(path) {
-        Ok(metadata) => metadata,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return match path.parent() {
-                Some(dir) if !dir.as_os_str().is_empty() && !dir.exists() => {
-                    Err(BindError::NoDirectory { path: text(), dir: escape_path(dir) })
-                }
-                _ => Ok(()),
-            };
-        }
-        Err(error) => return Err(BindError::io(path, error)),
-    };
-    if !metadata.file_type().is_socket() {
-        return Err(BindError::NotASocket { path: text() });
-    }
-    let probe = UnixDatagram::unbound().map_err(|error| BindError::io(path, error))?;
-    let Err(error) = probe.connect(path) else {
-        return Err(BindError::InUse { path: text() });
-    };
-    match Errno::from_io_error(&error) {
-        // No socket belongs to the file any more.
-        Some(Errno::CONNREFUSED) => {
-            fs::remove_file(path).map_err(|error| BindError::io(path, error))
-        }
-        Some(Errno::NOENT) => Ok(()),
-        // A live socket of another type, or one that serves its own peer only.
-        Some(Errno::PROTOTYPE | Errno::PERM) => Err(BindError::InUse { path: text() }),
-        _ => Err(BindError::io(path, error)),
+    match Place::look(path)? {
+        Place::Free => Ok(()),
+        Place::Dead => fs::remove_file(path).map_err(|error| BindError::io(path, error)),
+        Place::Taken => Err(BindError::InUse { path: escape_path(path) }),
     }
 }
 

@@ -7,6 +7,7 @@
 //! and what is torn is ignored.
 
 mod journal;
+mod lock;
 mod positions;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -17,7 +18,6 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use tracing::warn;
@@ -27,9 +27,6 @@ use crate::record::{Framing, Row, SegmentId};
 
 use journal::{Change, Journal};
 pub use positions::{Fingerprint, LastReceipted, Place, Progress, Stamp};
-
-/// The file whose flock(2) says that the directory is in use.
-const LOCK: &str = "lock";
 
 /// Rows whose file was not seen for so long are forgotten.
 const FORGET_AFTER: Duration = Duration::from_secs(30 * 24 * 3600);
@@ -162,7 +159,7 @@ impl State {
             .mode(0o700)
             .create(dir)
             .map_err(failed("cannot be made"))?;
-        let lock = lock(dir)?;
+        let lock = lock::create(dir)?;
         let (journal, replayed) =
             Journal::open(dir).map_err(failed("its row journal cannot be opened"))?;
         let loaded = positions::load(dir);
@@ -212,17 +209,18 @@ impl State {
     /// What [`State::entries`] would give, without changing the directory: nothing where there is
     /// none. A running sender's is refused here too.
     pub fn read(dir: &Path) -> Result<Vec<(Entry, Progress)>, StateError> {
-        let _lock = match File::open(dir.join(LOCK)) {
-            Ok(file) => Some(take(dir, file)?),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            Err(source) => return Err(cannot_lock(dir, source)),
-        };
+        let _lock = lock::take_if_there(dir)?;
         let content = journal::Content::read(dir).map_err(|source| StateError::Io {
             dir: dir.to_owned(),
             what: "its row journal cannot be opened",
             source,
         })?;
         Ok(with_progress(&content.replayed.entries, &positions::load(dir).segments))
+    }
+
+    /// [`StateError::InUse`] where a sender runs with this directory, which stays as it is.
+    pub fn refuse_in_use(dir: &Path) -> Result<(), StateError> {
+        lock::refuse(dir)
     }
 
     /// The directory.
@@ -472,36 +470,6 @@ fn with_progress(
         (entry.clone(), progress)
     };
     entries.values().map(with_progress).collect()
-}
-
-fn lock(dir: &Path) -> Result<File, StateError> {
-    let path = dir.join(LOCK);
-    let file = File::options().create(true).truncate(false).read(true).write(true).open(path);
-    let file = take(dir, file.map_err(|source| cannot_lock(dir, source))?)?;
-    let _ = file.set_len(0);
-    // For the message of the next one only; the lock itself is what counts.
-    let _ = io::Write::write_all(&mut &file, std::process::id().to_string().as_bytes());
-    Ok(file)
-}
-
-/// Takes the lock on this open file; whoever holds it has left its process id there.
-fn take(dir: &Path, file: File) -> Result<File, StateError> {
-    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(error) if error == rustix::io::Errno::WOULDBLOCK => {
-            let holder = fs::read_to_string(dir.join(LOCK)).unwrap_or_default();
-            let holder = match holder.trim() {
-                "" => String::new(),
-                process => format!(" (process {})", process.escape_debug()),
-            };
-            Err(StateError::InUse { dir: dir.to_owned(), holder })
-        }
-        Err(error) => Err(cannot_lock(dir, error.into())),
-    }
-}
-
-fn cannot_lock(dir: &Path, source: io::Error) -> StateError {
-    StateError::Io { dir: dir.to_owned(), what: "its lock cannot be taken", source }
 }
 
 /// This machine's identity, as machine-id(5) has it; the host name where there is none.

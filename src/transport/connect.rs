@@ -28,7 +28,7 @@ use super::proxy::tunnel;
 use super::socket::Socket;
 use super::stream::Io;
 use crate::config::{Endpoint, EndpointAddress};
-use crate::protocol::{CHALLENGE_HEADER, Challenge};
+use crate::protocol::{CHALLENGE_HEADER, Challenge, TYPES_HEADER};
 
 /// Bytes of a refusal's body that are shown.
 const EXCERPT_BYTES: usize = 200;
@@ -224,6 +224,8 @@ pub struct Steps {
     pub status: Option<u16>,
     /// The answer's `Date`, as sent.
     pub date: Option<String>,
+    /// The types of the token, as [`TYPES_HEADER`] lists them.
+    pub types: Option<String>,
     /// The answer's `Server`, printable: proxies name themselves there.
     pub server: Option<String>,
 }
@@ -334,6 +336,7 @@ impl Steps {
     fn note_answer(&mut self, response: &Response<Body>) {
         let header = |name| text(response.headers(), &name).map(|text| printable(text.as_bytes()));
         self.status = Some(response.status().as_u16());
+        self.types = header(HeaderName::from_static(TYPES_HEADER));
         self.date = header(DATE);
         self.server = header(SERVER);
     }

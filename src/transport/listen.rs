@@ -39,7 +39,7 @@ use super::socket::Socket;
 use super::stream::{Io, Stream};
 use crate::config::Listen;
 use crate::descriptors;
-use crate::protocol::{CHALLENGE_HEADER, Challenge};
+use crate::protocol::{CHALLENGE_HEADER, Challenge, TYPES_HEADER};
 use crate::tls::{self, ServerCertificate};
 
 /// How long a peer has from its first byte to its upgrade.
@@ -437,12 +437,14 @@ fn respond<H: Handler>(
     handler: &H,
     upgrade: &Mutex<Option<Upgrade<H::Session>>>,
 ) -> Response<Full<Bytes>> {
-    let (subprotocol, challenge, session) = match handler.answer(request) {
+    let (subprotocol, challenge, types, session) = match handler.answer(request) {
         Answer::Refuse(refuse) => return refused(&refuse),
         Answer::Accept { .. } if !request.is_upgrade() => {
             return refused(&Refuse::new(426, "this address speaks WebSocket only\n"));
         }
-        Answer::Accept { subprotocol, challenge, session } => (subprotocol, challenge, session),
+        Answer::Accept { subprotocol, challenge, types, session } => {
+            (subprotocol, challenge, types, session)
+        }
     };
     if request.header("sec-websocket-version") != Some("13") {
         return refused(&Refuse::new(426, "WebSocket version 13 is spoken here (RFC 6455)\n"));
@@ -468,6 +470,9 @@ fn respond<H: Handler>(
     }
     if let Some(Ok(challenge)) = challenge.map(|own| HeaderValue::from_str(&own.text())) {
         headers.insert(CHALLENGE_HEADER, challenge);
+    }
+    if let Some(Ok(types)) = types.map(|own| HeaderValue::from_str(&own)) {
+        headers.insert(TYPES_HEADER, types);
     }
     response
 }

@@ -29,9 +29,12 @@ impl Handler for Echo {
 
     fn answer(&self, request: &Request) -> Answer<()> {
         match request.header("authorization") {
-            Some("Bearer good") if request.offers(SUBPROTOCOL) => {
-                Answer::Accept { subprotocol: SUBPROTOCOL, challenge: None, session: () }
-            }
+            Some("Bearer good") if request.offers(SUBPROTOCOL) => Answer::Accept {
+                subprotocol: SUBPROTOCOL,
+                challenge: None,
+                types: None,
+                session: (),
+            },
             Some("Bearer busy") => Answer::Refuse(Refuse {
                 retry_after: Some(Duration::from_secs(7)),
                 ..Refuse::new(429, "too many\n")
@@ -316,7 +319,7 @@ impl Handler for Other {
     type Session = ();
 
     fn answer(&self, _: &Request) -> Answer<()> {
-        Answer::Accept { subprotocol: "chat", challenge: None, session: () }
+        Answer::Accept { subprotocol: "chat", challenge: None, types: None, session: () }
     }
 
     async fn serve(self: Arc<Self>, (): (), _: Socket) {}

@@ -268,6 +268,7 @@ fn many_machines_are_installed_in_one_command_and_one_that_fails_stops_no_other(
     let done = install(&logs, &format!("--deb waybill.deb {hosts}"));
     says(&done, 1, &["FAILED: the token of second is revoked", "1 unchanged, 1 failed"]);
     without_a_package(&logs, &second, Path::new("/opt/fourth"));
+    with_chain_keys(&bench, &logs, &first);
 }
 
 /// By the binary alone, into a folder of its own.
@@ -279,4 +280,35 @@ fn without_a_package(logs: &Host, host: &Host, prefix: &Path) {
     host.ok(&format!("{prefix}/bin/waybill --version"));
     assert_eq!(host.ok(&format!("stat -c %a {prefix}/etc/token")), "600\n");
     says(&install(logs, arguments), 0, &["unchanged; run it with: /opt/fourth/bin/waybill"]);
+}
+
+/// A token that is there is replaced by one with a key; what is lost of the two comes back, alone.
+fn with_chain_keys(bench: &Bench, logs: &Host, host: &Host) {
+    let config = fs::read_to_string(bench.path("send.toml")).expect("the configuration");
+    bench.write("chained.toml", format!("chain_key_file = 'chain.key'\n{config}"));
+    let arguments = "--chain --config chained.toml --deb waybill.deb 127.0.0.1:2201=first";
+    let done = install(logs, arguments);
+    says(&done, 0, &["installed: send.toml, token replaced, chain.key"]);
+    let key = host.ok("cat /etc/waybill/chain.key");
+    assert_eq!(host.ok("stat -c '%a %U:%G' /etc/waybill/chain.key"), "640 root:waybill\n");
+    assert!(!format!("{}{}", done.stdout, done.stderr).contains(key.trim()), "a key is shown");
+    let tokens = fs::read_to_string(bench.path("tokens.toml")).expect("tokens");
+    assert!(tokens.contains(&format!("chain_key = \"{}\"", key.trim())), "{tokens}");
+    says(&install(logs, arguments), 0, &["1 hosts: 0 installed, 1 unchanged, 0 failed"]);
+    host.ok("rm /etc/waybill/chain.key");
+    says(&install(logs, arguments), 0, &["installed: chain.key;"]);
+    host.ok("echo wb_lost > /etc/waybill/token");
+    says(&install(logs, arguments), 0, &["installed: token replaced;"]);
+    assert_eq!(host.ok("cat /etc/waybill/chain.key"), key);
+
+    let send = "echo 'with a key' >> /var/log/app/app.log && \
+                runuser -u waybill -- env STATE_DIRECTORY=/var/lib/waybill \
+                waybill send --config /etc/waybill/send.toml --once";
+    host.ok(send);
+    logs.ok("/mnt/program search --store /mnt/store.sqlite 'with a key'");
+    let arguments = "--chain --config chained.toml --binary program --prefix '/opt/%s' \
+                     127.0.0.1:2201=fifth";
+    let done = install(logs, arguments);
+    says(&done, 0, &["installed: program, send.toml, new token, chain.key"]);
+    says(&install(logs, arguments), 0, &["unchanged; run it with: /opt/fifth/bin/waybill"]);
 }

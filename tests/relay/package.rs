@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::support::host::Host;
-use crate::support::servers::{have, root};
+use crate::support::servers::{have, root, skip};
 use crate::support::store::run;
 use crate::support::waybill::{Bench, numbered};
 
@@ -21,9 +21,17 @@ pub fn package() -> Option<&'static Path> {
         if !have("dpkg-shlibdeps", "build-essential") {
             return None;
         }
+        let script = || Command::new(root().join("scripts/package"));
+        let mut fetch = script();
+        fetch.arg("--fetch");
+        let fetched = run(fetch);
+        if !fetched.status.success() {
+            skip(&format!("cargo-deb cannot be fetched: {}", fetched.stderr));
+            return None;
+        }
         let out = Path::new(env!("CARGO_TARGET_TMPDIR")).join("package");
         let _ = fs::remove_dir_all(&out);
-        let mut command = Command::new(root().join("scripts/package"));
+        let mut command = script();
         command.args(["--dev", "--out"]).arg(out).env("WAYBILL", env!("CARGO_BIN_EXE_waybill"));
         Some(PathBuf::from(run(command).ok().stdout.trim_end()))
     };

@@ -2,9 +2,12 @@
 //! doubled by either.
 
 use std::collections::BTreeSet;
+use std::fs::{self, File};
 use std::io::Write;
 use std::net::TcpListener;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
@@ -13,7 +16,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::support::servers::{free_port, http, spawn_bound, wait_until};
-use super::support::waybill::{Bench, PATIENCE, Process, lines, numbered};
+use super::support::waybill::{Bench, PATIENCE, Process, lines, numbered, waybill};
 
 const TAKEN: &str = "the changed configuration is in force";
 const REFUSED: &str = "the changed configuration is refused";
@@ -340,4 +343,71 @@ fn a_changed_tag_doubles_no_spooled_line_after_a_crash() {
     let stored = bench.stored();
     let new = stored.iter().find(|line| line["message"] == "new").expect("the new line");
     assert_eq!(tag(new), "two");
+}
+
+/// A configuration that comes through a FIFO: whoever reads it is met on the way.
+struct Fifo(PathBuf);
+
+impl Fifo {
+    fn new(path: PathBuf) -> Fifo {
+        let fifo = Fifo(path);
+        fifo.renew();
+        fifo
+    }
+
+    /// Another one in its place: a reader of the former keeps that.
+    fn renew(&self) {
+        let new = self.0.with_extension("new");
+        let mode = rustix::fs::Mode::from_raw_mode(0o600);
+        let fifo = rustix::fs::FileType::Fifo;
+        rustix::fs::mknodat(rustix::fs::CWD, &new, fifo, mode, 0).expect("mkfifo");
+        fs::rename(&new, &self.0).expect("renamed");
+    }
+
+    /// Its writing end, once somebody waits for what it says.
+    fn met(&self) -> File {
+        let mut end = None;
+        wait_until("the configuration is read", PATIENCE, || {
+            let nonblock = rustix::fs::OFlags::NONBLOCK.bits() as i32;
+            end = File::options().write(true).custom_flags(nonblock).open(&self.0).ok();
+            end.is_some()
+        });
+        end.expect("open")
+    }
+}
+
+/// Both sides catch signals before they do anything else.
+#[test]
+fn a_signal_while_the_first_configuration_is_read_is_heeded() {
+    let bench = Bench::new();
+    bench.token("test");
+    let send = "to = ['ws://127.0.0.1:1/']\ntoken_file = 'test.token'\nstate_dir = 'state'\n\
+                [[source]]\nfiles = 'app.log'\n";
+    let receive = "listen = '127.0.0.1:0'\ntokens = 'tokens.toml'\n\
+                   [store]\nfile = 'store.sqlite'\n";
+    for (side, text) in [("send", send), ("receive", receive)] {
+        let fifo = Fifo::new(bench.path(&format!("{side}.toml")));
+        let start = || {
+            let mut command = waybill();
+            command.args([side, "--config"]).arg(&fifo.0).current_dir(bench.path(""));
+            Process::start(side, command, bench.path(&format!("{side}.log")))
+        };
+        let tell = |mut end: File| {
+            fifo.renew();
+            end.write_all(text.as_bytes()).expect("the configuration is taken");
+        };
+        let mut hung_up = start();
+        let end = fifo.met();
+        hung_up.signal("-HUP");
+        tell(end);
+        tell(fifo.met());
+        hung_up.wait_for_log("the configuration has not changed");
+        assert!(hung_up.stop().success(), "{}", hung_up.log());
+
+        let mut stopped = start();
+        let end = fifo.met();
+        stopped.signal("-TERM");
+        tell(end);
+        assert!(stopped.wait().success(), "{}", stopped.log());
+    }
 }

@@ -74,6 +74,15 @@ impl Supervisor {
     }
 }
 
+/// Killed, it would leave its programs behind.
+impl Drop for Supervisor {
+    fn drop(&mut self) {
+        if self.process.is_running() {
+            self.process.stop();
+        }
+    }
+}
+
 /// A shipped file with the test's paths.
 fn shipped(bench: &Bench, receiver: &Receiver, file: &str, state: &str) -> String {
     let text = fs::read_to_string(root().join("docs/examples/supervisor").join(file));
@@ -241,7 +250,7 @@ fn supervisors_files_are_tailed() {
         "talk.sh",
         format!(
             "echo 'line first'\nuntil [ -e {} ]; do sleep 0.1; done\ni=1\n\
-             while [ $i -lt 3000 ]; do echo \"line $i\"; i=$((i+1)); done; sleep 1000\n",
+             while [ $i -lt 3000 ]; do echo \"line $i\"; i=$((i+1)); done; exec sleep 1000\n",
             go.display()
         ),
     );
@@ -273,5 +282,30 @@ fn supervisors_files_are_tailed() {
         document["@timestamp"].as_str().expect("a time").parse().expect("a time");
     assert_eq!(stored, time, "{document}");
     assert_eq!(document["waybill"]["type"], "supervisor", "{document}");
-    drop(supervisor.process);
+}
+
+/// A listener is nobody's child any more once its supervisord was killed.
+#[test]
+fn a_listener_whose_supervisor_is_killed_ends_with_all_receipts() {
+    let bench = Bench::new();
+    let receiver = bench.receiver();
+    let events = shipped(&bench, &receiver, "eventlistener.conf", "/var/lib/waybill/supervisor");
+    let log = "/var/log/supervisor/waybill-events.log";
+    let events = events.replace(log, &bench.path("listener.log").display().to_string());
+    let script = bench.write("talk.sh", "echo 'line 1'\n");
+    let sections = [events, talker("talker", &script)].concat();
+    let Some(mut supervisor) = Supervisor::start(&bench, &sections) else { return };
+    wait_until("the line", PATIENCE, || counts(&bench, "line ").len() == 1);
+    let listener = supervisor.control(&["pid", "waybill"]);
+    let listener: u32 = listener.trim().parse().expect("a process");
+    supervisor.process.kill_hard();
+    // Whoever adopted it may not have asked how it ended.
+    wait_until("the listener ends", PATIENCE, || {
+        let stat = fs::read_to_string(format!("/proc/{listener}/stat")).unwrap_or_default();
+        stat.rsplit(')').next().is_none_or(|rest| rest.is_empty() || rest.starts_with(" Z"))
+    });
+    // Its own log went through supervisord.
+    wait_until("the receiver says how it went", PATIENCE, || {
+        receiver.log().contains("code=1001 reason=\"the sender stops\"")
+    });
 }

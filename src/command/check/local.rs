@@ -1,21 +1,48 @@
-//! What this machine must allow: folders, files, sockets, the kernel's queue.
+//! What this machine must allow: folders, files, sockets, ports, the kernel's queue.
 
 use std::fs;
 use std::io;
+use std::net::SocketAddr;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::Path;
 
 use rustix::fs::Access;
+use socket2::{Domain, Socket, Type};
 
 use super::Report;
-use crate::config::{Input, SourceConfig};
+use crate::config::{Input, Listen, SourceConfig};
 use crate::record::escape_path;
 use crate::source::files::discovery::sweep;
+use crate::source::{BindError, Place};
+use crate::state::{State, StateError};
 
 /// Fewer datagrams than systemd's default are lost in any burst.
 const DATAGRAMS_MIN: u64 = 512;
 
 const DATAGRAMS: &str = "/proc/sys/net/unix/max_dgram_qlen";
+
+/// Whether the side that is checked runs already: what it listens on is then in use, by itself.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Runs {
+    Yes,
+    No,
+    Unknown,
+}
+
+/// By the lock of its state directory.
+pub(super) fn sender_runs(report: &mut Report, state_dir: &Path) -> io::Result<Runs> {
+    match State::refuse_in_use(state_dir) {
+        Ok(()) => Ok(Runs::No),
+        Err(StateError::InUse { holder, .. }) => {
+            let dir = escape_path(state_dir);
+            let message = format!("{dir} is in use by the waybill send that runs{holder}");
+            report.ok("lock", None, message)?;
+            Ok(Runs::Yes)
+        }
+        // Whoever may not open it has been told so of the folder.
+        Err(StateError::Io { .. }) => Ok(Runs::Unknown),
+    }
+}
 
 /// A folder that is written to, and made where it is missing.
 pub(super) fn folder(report: &mut Report, check: &str, folder: &Path) -> io::Result<()> {
@@ -49,19 +76,67 @@ pub(super) fn folder(report: &mut Report, check: &str, folder: &Path) -> io::Res
 }
 
 /// What a source reads.
-pub(super) fn source(report: &mut Report, source: &SourceConfig) -> io::Result<()> {
+pub(super) fn source(report: &mut Report, source: &SourceConfig, runs: Runs) -> io::Result<()> {
     let name = Some(source.name.as_str());
     match &source.input {
         Input::Files { pattern, .. } => files(report, source, pattern),
         Input::UnixDatagram { path, .. } => {
-            socket(report, name, path)?;
+            socket(report, name, path, runs)?;
             queue(report, name)
         }
-        Input::UnixStream { path, .. } => socket(report, name, path),
-        Input::SyslogTcp { tls: Some(tls), .. } => certificate(report, "tls", name, tls, None),
-        // Ports and standard input cannot be tried without taking them from who has them.
-        _ => Ok(()),
+        Input::UnixStream { path, .. } => socket(report, name, path, runs),
+        Input::SyslogUdp { address, .. } => port(report, name, *address, Type::DGRAM, runs),
+        Input::HttpIntake { address } => port(report, name, *address, Type::STREAM, runs),
+        Input::SyslogTcp { address, tls } => {
+            port(report, name, *address, Type::STREAM, runs)?;
+            tls.as_ref().map_or(Ok(()), |tls| certificate(report, "tls", name, tls, None))
+        }
+        // Whoever starts the service gives it its standard input.
+        Input::Stdin | Input::SupervisorEvents => Ok(()),
     }
+}
+
+/// Where the other side is waited for.
+pub(super) fn listen(report: &mut Report, listen: &Listen, runs: Runs) -> io::Result<()> {
+    match listen {
+        Listen::Tcp(address) => port(report, None, *address, Type::STREAM, runs),
+        Listen::Unix(path) => socket(report, None, path, runs),
+    }
+}
+
+/// A port that the service binds.
+pub(super) fn port(
+    report: &mut Report,
+    of: Option<&str>,
+    address: SocketAddr,
+    kind: Type,
+    runs: Runs,
+) -> io::Result<()> {
+    const CHECK: &str = "port";
+    match bind(address, kind).map_err(|source| BindError::address(address, source)) {
+        Ok(_) => report.ok(CHECK, of, format!("{address} is free")),
+        Err(BindError::AddressInUse { .. }) if runs == Runs::Yes => {
+            report.ok(CHECK, of, format!("{address} is in use, as it must be by what runs"))
+        }
+        Err(BindError::AddressInUse { .. }) if runs == Runs::Unknown => {
+            let message = format!(
+                "{address} is in use: as it must be if this service runs; else stop what listens \
+                 there, or choose another port"
+            );
+            report.warn(CHECK, of, message)
+        }
+        Err(error) => report.fail(CHECK, of, error.to_string()),
+    }
+}
+
+/// Binds, and does not listen: the kernel lets a service that starts in this moment bind a TCP port too.
+fn bind(address: SocketAddr, kind: Type) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), kind, None)?;
+    if kind == Type::STREAM {
+        socket.set_reuse_address(true)?;
+    }
+    socket.bind(&address.into())?;
+    Ok(socket)
 }
 
 fn files(report: &mut Report, source: &SourceConfig, pattern: &str) -> io::Result<()> {
@@ -116,22 +191,35 @@ fn files(report: &mut Report, source: &SourceConfig, pattern: &str) -> io::Resul
 }
 
 /// A Unix socket that the service binds, or that is bound already.
-pub(super) fn socket(report: &mut Report, of: Option<&str>, path: &Path) -> io::Result<()> {
+fn socket(report: &mut Report, of: Option<&str>, path: &Path, runs: Runs) -> io::Result<()> {
     const CHECK: &str = "socket";
     let shown = escape_path(path);
-    match fs::symlink_metadata(path) {
-        Ok(metadata) if metadata.file_type().is_socket() => {
-            return report.ok(CHECK, of, format!("{shown} is bound"));
+    let is_dead = match Place::look(path) {
+        Ok(Place::Taken) if runs == Runs::Yes => {
+            return report.ok(CHECK, of, format!("{shown} is bound, as it must be by what runs"));
         }
-        Ok(_) => {
-            let message =
-                format!("{shown} is there and no socket: remove it, or choose another path");
-            return report.fail(CHECK, of, message);
+        Ok(Place::Taken) => {
+            let message = format!(
+                "{shown} is bound already: as it must be if this service runs, or systemd keeps it \
+                 (a .socket unit); else stop what listens there, or name another path"
+            );
+            return report.warn(CHECK, of, message);
         }
-        Err(_) => {}
-    }
+        Err(error @ (BindError::NotASocket { .. } | BindError::TooLong { .. })) => {
+            return report.fail(CHECK, of, error.to_string());
+        }
+        Err(_) if fs::symlink_metadata(path).is_ok_and(|file| file.file_type().is_socket()) => {
+            let message = format!("{shown} is there; this user may not ask whether it is in use");
+            return report.skip(CHECK, of, message);
+        }
+        place => matches!(place, Ok(Place::Dead)),
+    };
     let folder = path.parent().unwrap_or(Path::new("/"));
     match rustix::fs::access(folder, Access::WRITE_OK | Access::EXEC_OK) {
+        Ok(()) if is_dead => {
+            let message = format!("{shown} is a dead process's, and will be replaced");
+            report.ok(CHECK, of, message)
+        }
         Ok(()) => report.ok(CHECK, of, format!("{shown} can be made")),
         Err(error) => {
             let folder = escape_path(folder);

@@ -1,7 +1,8 @@
 //! `waybill check`: one line for each thing that a configuration needs.
 //!
-//! It changes nothing: no lock of the state directory is taken, no document is written, and a
-//! connection to a receiver is closed right after the upgrade, before it is anybody's session.
+//! It changes nothing: no document is written, and a connection to a receiver is closed right after
+//! the upgrade, before it is anybody's session. The state directory's lock is held for a moment, for
+//! which a start waits; a port is bound for a moment and never listened on.
 
 mod cluster;
 mod local;

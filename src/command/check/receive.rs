@@ -4,10 +4,12 @@ use std::io;
 use std::path::Path;
 
 use jiff::Timestamp;
+use socket2::Type;
 
+use super::local::Runs;
 use super::{ENDS_SOON, Report, cluster, local, receiver};
 use crate::cli;
-use crate::config::{DestinationConfig, DialledSender, Environment, Listen, load_receive};
+use crate::config::{DestinationConfig, DialledSender, Environment, load_receive};
 use crate::record::escape_path;
 use crate::tls;
 use crate::tokens::Tokens;
@@ -21,8 +23,11 @@ pub(super) async fn check(
     let file = args.config.clone();
     let loaded = load_receive(args.layer(environment), file.as_deref(), environment);
     let Some(config) = report.configuration(loaded)? else { return Ok(()) };
-    if let Some(Listen::Unix(path)) = &config.listen {
-        local::socket(report, None, path)?;
+    if let Some(listen) = &config.listen {
+        local::listen(report, listen, Runs::Unknown)?;
+    }
+    if let Some(address) = config.metrics {
+        local::port(report, Some("metrics"), address, Type::STREAM, Runs::Unknown)?;
     }
     if let Some(tls) = &config.tls {
         local::certificate(report, "tls", None, tls, config.client_ca.as_deref())?;

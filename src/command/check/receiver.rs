@@ -1,4 +1,4 @@
-//! A receiver, as a sender meets it: name, connection, TLS, upgrade, token, clock, chain key.
+//! A receiver, as a sender meets it: name, connection, TLS, upgrade, token, clock, types, chain key.
 
 use std::io;
 use std::net::IpAddr;
@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::Report;
 use crate::clock::http_date;
-use crate::config::{DialConfig, Endpoint};
+use crate::config::{DialConfig, Endpoint, SendConfig, SourceConfig};
 use crate::protocol::SUBPROTOCOL;
 use crate::record::escape_path;
 use crate::tls;
@@ -21,7 +21,7 @@ pub(super) async fn check(
     report: &mut Report,
     endpoint: &Endpoint,
     dial: &DialConfig,
-    has_chain_key: bool,
+    config: &SendConfig,
 ) -> io::Result<()> {
     let of = Some(endpoint.url.as_str());
     let token_file = &dial.token_file;
@@ -31,8 +31,8 @@ pub(super) async fn check(
             return report.fail("token", of, format!("{}: {error}", escape_path(token_file)));
         }
     };
-    let config = || tls::client_config(dial.ca.as_deref(), dial.identity.as_ref());
-    let tls = match endpoint.tls.then(config).transpose() {
+    let client = || tls::client_config(dial.ca.as_deref(), dial.identity.as_ref());
+    let tls = match endpoint.tls.then(client).transpose() {
         Ok(tls) => tls,
         Err(error) => return report.fail("tls", of, error.to_string()),
     };
@@ -41,6 +41,8 @@ pub(super) async fn check(
     let connected = connect_noting(endpoint, tls, &offer, TIMEOUT, &mut steps).await;
     told(report, endpoint, &steps, connected.as_ref().err())?;
     if let Ok(socket) = connected {
+        types(report, of, steps.types.as_deref(), &config.sources)?;
+        let has_chain_key = config.chain_key_file.is_some();
         chain_key(report, of, socket.challenge().is_some(), has_chain_key)?;
         leave(socket).await;
     }
@@ -115,6 +117,38 @@ fn told(
         Some(Some(date)) => report.clock(of, "the receiver's", date),
         _ => report.skip("clock", of, "the answer has no Date"),
     }
+}
+
+/// Whether the token may use the type of each source.
+fn types(
+    report: &mut Report,
+    of: Option<&str>,
+    listed: Option<&str>,
+    sources: &[SourceConfig],
+) -> io::Result<()> {
+    const CHECK: &str = "types";
+    let Some(listed) = listed else {
+        return report.skip(CHECK, of, "this receiver does not say which types the token lists");
+    };
+    let mut types: Vec<&str> = listed.split(',').map(str::trim).collect();
+    let unlisted: Vec<_> =
+        sources.iter().filter(|source| !types.contains(&source.type_name.as_str())).collect();
+    if unlisted.is_empty() {
+        return report.ok(CHECK, of, "the token lists each source's");
+    }
+    let of_sources =
+        unlisted.iter().map(|source| format!("{} of {:?}", source.type_name, source.name));
+    let of_sources = of_sources.collect::<Vec<_>>().join(", ");
+    for source in unlisted {
+        if !types.contains(&source.type_name.as_str()) {
+            types.push(source.type_name.as_str());
+        }
+    }
+    let message = format!(
+        "the token does not list {of_sources}, whose lines would be refused: in the receiver's tokens \
+         file, set for this sender: types = {types:?}"
+    );
+    report.fail(CHECK, of, message)
 }
 
 /// Whether the token needs a key, and this side has one. A check says no `hello`, hence proves none.

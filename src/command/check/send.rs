@@ -1,8 +1,10 @@
 //! The sender's side.
 
+use socket2::Type;
+
 use super::{Report, local, receive, receiver};
 use crate::cli;
-use crate::config::{ConnectionConfig, Environment, Listen, load_send};
+use crate::config::{ConnectionConfig, Environment, load_send};
 
 pub(super) async fn check(
     args: cli::Send,
@@ -14,20 +16,21 @@ pub(super) async fn check(
     let loaded = layer.and_then(|layer| load_send(layer, file.as_deref(), environment));
     let Some(config) = report.configuration(loaded)? else { return Ok(()) };
     local::folder(report, "state", &config.state_dir)?;
+    let runs = local::sender_runs(report, &config.state_dir)?;
     for source in &config.sources {
-        local::source(report, source)?;
+        local::source(report, source, runs)?;
+    }
+    if let Some(address) = config.metrics {
+        local::port(report, Some("metrics"), address, Type::STREAM, runs)?;
     }
     match &config.connection {
         ConnectionConfig::Dial(dial) => {
             for endpoint in &dial.to {
-                let has_chain_key = config.chain_key_file.is_some();
-                receiver::check(report, endpoint, dial, has_chain_key).await?;
+                receiver::check(report, endpoint, dial, &config).await?;
             }
         }
         ConnectionConfig::Listen(listening) => {
-            if let Listen::Unix(path) = &listening.listen {
-                local::socket(report, None, path)?;
-            }
+            local::listen(report, &listening.listen, runs)?;
             if let Some(tls) = &listening.tls {
                 local::certificate(report, "tls", None, tls, None)?;
             }

@@ -1,0 +1,207 @@
+//! The receiver's side.
+
+use std::fs;
+
+use serde_json::{Value, json};
+
+use super::{as_nobody, checked, ending, mode, receiver};
+use crate::support::servers::{Elasticsearch, Nginx, free_port};
+use crate::support::store::{run, wait_for_lines};
+use crate::support::waybill::{Bench, Certificates, Process, lines, waybill};
+
+/// The way to a sender that is dialled, while a receiver has it.
+#[test]
+fn a_dialled_sender_is_reached_and_not_taken_over() {
+    let bench = Bench::new();
+    bench.token("test");
+    let files = ending(&bench, 100);
+    let ca = files.ca.display().to_string();
+    let mut mint = waybill();
+    mint.args(["token", "central", "--tokens", "receivers.toml"]).current_dir(bench.path(""));
+    mode(&bench.write("central.token", run(mint).ok().stdout), 0o600);
+    let port = free_port();
+    let mut send = waybill();
+    send.args(["send", "app.log", "--listen", &format!("127.0.0.1:{port}")]);
+    send.args(["--state-dir", "state", "--tokens", "receivers.toml"]);
+    send.args(["--tls-cert", "server.pem", "--tls-key", "server.key"]).current_dir(bench.path(""));
+    bench.write("app.log", lines("line", 100));
+    let sending = Process::start("sender", send, bench.path("sender.log"));
+    let common = ["--store", "store.sqlite", "--token-file", "central.token", "--dial"];
+    let dial = |at: &str| format!("test=wss://{at}/");
+    let here = dial(&format!("localhost:{port}"));
+    let mut receive = waybill();
+    receive.args(["receive", "--tokens", "tokens.toml", "--ca", &ca]).args(common).arg(&here);
+    receive.current_dir(bench.path(""));
+    let _receiving = Process::start("receiver", receive, bench.path("receiver.log"));
+    wait_for_lines(&bench, 100);
+
+    let check = |more: &[&str]| checked(receiver(&bench, &[&common, more].concat()));
+    let sound = check(&[&here, "--ca", &ca]);
+    sound.fails(&[]);
+    for (name, status, words) in [
+        ("name", "ok", "localhost is"),
+        ("connection", "ok", "taken"),
+        ("tls", "ok", "days left"),
+        ("upgrade", "skip", "take over"),
+        ("token", "skip", "take over"),
+    ] {
+        sound.says(name, status, words);
+    }
+    let unknown = check(&[&here]);
+    unknown.fails(&["tls"]);
+    unknown.says("tls", "fail", "--ca");
+    let other = check(&[&dial(&format!("127.0.0.1:{port}")), "--ca", &ca]);
+    other.fails(&["tls"]);
+    other.says("tls", "fail", "for another name");
+    let nobody = check(&[&dial("localhost:1"), "--ca", &ca]);
+    nobody.fails(&["connection"]);
+    nobody.says("connection", "fail", "does not answer");
+    let nameless = check(&[&dial("nothing.invalid"), "--ca", &ca]);
+    nameless.fails(&["name"]);
+    nameless.says("name", "fail", "does not resolve");
+
+    bench.append("app.log", (100..200).map(|n| format!("line {n}\n")).collect::<String>());
+    wait_for_lines(&bench, 200);
+    let log = sending.log();
+    assert_eq!(log.matches(" connected ").count(), 1, "one connection, all the while: {log}");
+}
+
+#[test]
+fn what_a_receiver_lacks_is_said() {
+    let bench = Bench::new();
+    let mint = |name: &str, more: &[&str]| {
+        let mut command = waybill();
+        command.args(["token", name, "--tokens"]).arg(bench.path("tokens.toml")).args(more);
+        run(command).ok();
+    };
+    mint("one", &["--expires", "3d"]);
+    mint("two", &[]);
+    let store = ["--store", "store/store.sqlite"];
+    let check = checked(receiver(&bench, &store));
+    check.fails(&[]);
+    check.says("tokens", "warn", "the token of \"one\" ends");
+    check.says("tokens", "ok", "2 senders");
+    check.says("store", "ok", "it can be made");
+
+    mint("one", &["--revoke"]);
+    mint("two", &["--revoke"]);
+    let files = Certificates::make(&bench.path(""));
+    let (own, other) = (files.certificate.display().to_string(), bench.path("other.key"));
+    fs::write(&other, rcgen::KeyPair::generate().expect("a key").serialize_pem()).expect("written");
+    mode(&other, 0o644);
+    let arguments = ["--tls-cert", &own, "--tls-key", "other.key", store[0], store[1]];
+    let command = as_nobody(&bench, &receiver(&bench, &arguments));
+    // It holds hashes, and is its owner's alone.
+    mode(&bench.path("tokens.toml"), 0o644);
+    mode(&bench.path(""), 0o555);
+    let check = checked(command);
+    mode(&bench.path(""), 0o755);
+    check.fails(&["tls", "tokens", "store"]);
+    check.says("tls", "fail", "does not belong to certificate");
+    check.says("tokens", "fail", "nobody may enter");
+    check.says("configuration", "warn", "chmod 600");
+}
+
+/// What `waybill setup` put there, and what others change; called for each version.
+pub fn cluster(node: &Elasticsearch, rule: &str, dead_letter: &str) {
+    let bench = Bench::new();
+    bench.token("test");
+    let check = |rule: &str| {
+        let arguments = ["--elasticsearch", &node.url(), "--index", rule];
+        let mut command = receiver(&bench, &arguments);
+        command.args(["--dead-letter-index", dead_letter]);
+        checked(command)
+    };
+    let sound = check(rule);
+    sound.fails(&[]);
+    sound.says("version", "ok", "");
+    sound.says("clock", "ok", "within");
+    sound.says("template", "ok", "version");
+    sound.says("durability", "ok", "request");
+    sound.says("privileges", "skip", "not checked");
+    check("other-{type}").says("template", "fail", "it is missing");
+
+    let put = |path: &str, body: Value| {
+        let (status, answer) = node.request("PUT", path, &body);
+        assert!((200..300).contains(&status), "{path}: {status} {answer}");
+    };
+    let delete = |path: &str| assert_eq!(node.request("DELETE", path, &Value::Null).0, 200);
+    let asynchronous = json!({ "index.translog.durability": "async" });
+    put("/checked-default", json!({ "settings": asynchronous }));
+    let template =
+        json!({ "index_patterns": ["checked-*"], "template": { "settings": asynchronous } });
+    put("/_index_template/checked", template);
+    let check = check("checked-{type}");
+    check.fails(&["template", "durability", "durability"]);
+    check.says("durability", "fail", "checked-default");
+    check.says("durability", "fail", "a template makes");
+    delete("/_index_template/checked");
+    delete("/checked-default");
+}
+
+/// Before the node: TLS and a key, and answers that only a cluster with users gives.
+#[test]
+fn credentials_and_privileges_are_checked_through_tls() {
+    let Some(node) = Elasticsearch::shared_8_17() else { return };
+    let bench = Bench::new();
+    bench.token("test");
+    let files = Certificates::make(&bench.path(""));
+    let port = free_port();
+    // The published servers have no users: nginx asks for the key, and says what Elasticsearch with users would.
+    let missing = json!({ "has_all_requested": false, "index": {
+        "waybill-*": { "create_doc": true, "auto_configure": false },
+        "waybill-parked": { "create_doc": true, "auto_configure": true } } });
+    let text = format!(
+        "events {{}}\nhttp {{ server {{ listen 127.0.0.1:{port} ssl; server_name localhost;\n\
+         ssl_certificate {}; ssl_certificate_key {};\n\
+         if ($http_authorization != \"ApiKey aWQ6a2V5\") {{ return 401; }}\n\
+         location /_security/ {{ default_type application/json; return 200 '{missing}'; }}\n\
+         location /_index_template/ {{ return 403; }}\n\
+         location / {{ proxy_pass http://{}; }} }} }}\n",
+        files.certificate.display(),
+        files.key.display(),
+        node.host_port()
+    );
+    let Some(_nginx) = Nginx::start(&text) else { return };
+    let url = format!("https://localhost:{port}");
+    let ca = files.ca.display().to_string();
+    let with = |key: &str, more: &[&str]| {
+        mode(&bench.write("api-key", key), 0o600);
+        let mut command = receiver(&bench, &["--elasticsearch", &url, "--api-key-file", "api-key"]);
+        command.args(more);
+        checked(command)
+    };
+    let check = with("id:key", &["--es-ca", &ca]);
+    check.fails(&["privileges"]);
+    check.says("privileges", "fail", "auto_configure on waybill-*");
+    check.says("tls", "ok", "days left");
+    check.says("clock", "ok", "within");
+    check.says("template", "skip", "manage_index_templates");
+    let check = with("id:other", &["--es-ca", &ca]);
+    check.fails(&["credentials"]);
+    let check = with("id:key", &[]);
+    check.fails(&["connection"]);
+    check.says("connection", "fail", "certificate");
+    let mut command = receiver(&bench, &["--elasticsearch", "http://127.0.0.1:1"]);
+    command.args(["--elasticsearch", &node.url()]);
+    let check = checked(command);
+    check.says("connection", "fail", "cannot connect");
+    check.says("version", "ok", "");
+}
+
+/// Nothing tells whether it is this receiver that has its port.
+#[test]
+fn a_receivers_port_that_is_in_use_is_warned_of() {
+    let bench = Bench::new();
+    bench.token("test");
+    let holder = std::net::TcpListener::bind("127.0.0.1:0").expect("bound");
+    let taken = holder.local_addr().expect("an address").to_string();
+    let mut command = waybill();
+    command.args(["check", "receive", "--tokens", "tokens.toml", "--store", "store.sqlite"]);
+    command.args(["--listen", &taken, "--metrics", &format!("127.0.0.1:{}", free_port())]);
+    command.current_dir(bench.path(""));
+    let check = checked(command);
+    check.fails(&[]);
+    check.says("port", "warn", &format!("{taken} is in use: as it must be if this service runs"));
+    check.says("port", "ok", "is free");
+}
