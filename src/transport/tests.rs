@@ -228,6 +228,10 @@ async fn each_fault_of_a_certificate_has_its_name() {
     );
     let stranger = Authority::new().server("localhost", VALID);
     assert_eq!(tls_fault(&stranger, client.clone()).await, TlsFault::UnknownAuthority);
+    let unknown = || ConnectError::Tls { host: "h".to_owned(), fault: TlsFault::UnknownAuthority };
+    assert!(unknown().trusting(None).to_string().contains("name its CA with --ca"));
+    let named = unknown().trusting(Some(Path::new("/own/ca.pem"))).to_string();
+    assert!(named.contains("/own/ca.pem") && !named.contains("--ca"), "{named}");
     let plain = serve(None);
     assert_eq!(tls_fault(&plain, client).await, TlsFault::NotTls);
 }
