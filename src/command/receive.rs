@@ -127,7 +127,8 @@ struct Running {
 #[derive(PartialEq)]
 struct Way<'a> {
     listen: Option<String>,
-    dialled: usize,
+    /// Senders that are dialled.
+    dials: Option<usize>,
     to: String,
     index: &'a str,
 }
@@ -136,7 +137,7 @@ impl Running {
     fn way(&self) -> Way<'_> {
         Way {
             listen: self.listener.as_ref().map(Listener::address),
-            dialled: self.config.dials.len(),
+            dials: Some(self.config.dials.len()).filter(|count| *count > 0),
             to: match &self.config.destination {
                 DestinationConfig::Embedded(store) => escape_path(&store.file),
                 DestinationConfig::Elasticsearch(cluster) => cluster.urls.join(" "),
@@ -146,13 +147,13 @@ impl Running {
     }
 
     fn tell(&self) {
-        let Way { listen, dialled, to, index } = self.way();
+        let Way { listen, dials, to, index } = self.way();
         match &self.config.destination {
             DestinationConfig::Embedded(_) => {
-                info!(listen, dialled, store = to, index, "receiving");
+                info!(listen, dials, store = to, index, "receiving");
             }
             DestinationConfig::Elasticsearch(_) => {
-                info!(listen, dialled, elasticsearch = to, index, "receiving");
+                info!(listen, dials, elasticsearch = to, index, "receiving");
             }
         }
     }
