@@ -216,6 +216,12 @@ pub enum TlsFault {
          the file of the one that signed it, if this is the right server"
     )]
     OtherAuthority(String),
+    /// The server shows an authority's certificate as its own.
+    #[error(
+        "the server's certificate is one of an authority (CA:TRUE), as openssl makes by default when it \
+         signs itself; make the server one with basicConstraints=CA:FALSE"
+    )]
+    AuthorityItself,
     /// The answer is not TLS.
     #[error("the server does not speak TLS on this port; check the port, or use ws:// on loopback")]
     NotTls,
@@ -409,6 +415,10 @@ fn tls_fault(error: &io::Error) -> TlsFault {
             // A bad signature is an authority made anew under its old name.
             CertificateError::UnknownIssuer | CertificateError::BadSignature => {
                 TlsFault::UnknownAuthority
+            }
+            // rustls has no name for this one.
+            CertificateError::Other(other) if other.0.to_string() == "CaUsedAsEndEntity" => {
+                TlsFault::AuthorityItself
             }
             other => TlsFault::Other(other.to_string()),
         },
