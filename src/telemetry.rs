@@ -256,7 +256,7 @@ impl Progress {
             bar.set_length(bytes);
         }
         bar.set_position(bytes);
-        bar.set_message(format!("{lines} lines"));
+        bar.set_message(if lines == 1 { "1 line".to_owned() } else { format!("{lines} lines") });
     }
 
     /// Takes the bar away; dropping does the same.

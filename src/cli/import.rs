@@ -8,7 +8,7 @@ use clap::Args;
 use super::{Logging, Send, Settings};
 use crate::config::{ConfigError, Environment, SendLayer};
 
-/// `waybill import`.
+/// Take over the positions of Filebeat or Logstash, so that 'send' goes on where it ended.
 #[derive(Debug, Default, Args)]
 #[command(long_about = "\
 Takes over how far Filebeat or Logstash has read each file, so that 'waybill send' goes on there. Stop the other \
@@ -23,7 +23,8 @@ Examples:
     waybill import --from-filebeat /var/lib/filebeat --config /etc/waybill/send.toml --dry-run
 
   All sincedb files of Logstash, with the files and settings that 'send' will be given too:
-    waybill import --from-logstash /var/lib/logstash/plugins/inputs/file '/var/log/nginx/*.log' --type nginx
+    waybill import --from-logstash /var/lib/logstash/plugins/inputs/file \\
+      '/var/log/nginx/*.log' --type nginx
 
 The pages under docs/migration go through the whole change.")]
 pub struct Import {

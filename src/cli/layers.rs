@@ -304,4 +304,25 @@ mod tests {
             }
         }
     }
+
+    #[test]
+    fn help_shows_the_long_text_and_wraps_no_example() {
+        let all = Cli::command();
+        let shown = all.get_subcommands().filter(|command| !command.is_hide_set());
+        let mut examples = 0;
+        for command in shown {
+            let name = command.get_name();
+            let about = command.get_about().expect("a short text").to_string();
+            assert!(!about.contains('`'), "{name}: {about}");
+            assert!(command.get_long_about().is_some(), "{name}");
+            let text = command.get_after_long_help().map(ToString::to_string).unwrap_or_default();
+            for line in text.lines() {
+                if line.starts_with("    ") || line.starts_with("  waybill ") {
+                    examples += 1;
+                    assert!(line.len() <= 100, "{name} --help wraps: {line}");
+                }
+            }
+        }
+        assert!(examples > 20, "only {examples} lines of examples found");
+    }
 }

@@ -37,26 +37,17 @@ pub struct Cli {
     pub command: Command,
 }
 
-/// A subcommand.
+/// A subcommand. What each is for stands at its type: a comment here would hide the longer text.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Ship the lines of files and sockets to a receiver.
     Send(Box<Send>),
-    /// Take lines from senders and write them into Elasticsearch or the embedded store.
     Receive(Box<Receive>),
-    /// Check a configuration and all that it needs, and say how to mend it.
     Check(Check),
-    /// Take over the positions of Filebeat or Logstash, so that 'send' goes on where it ended.
     Import(Import),
-    /// Make, rotate, revoke and list the tokens that senders present.
     Token(Token),
-    /// Find lines in the embedded store or in Elasticsearch.
     Search(Search),
-    /// Put the index templates and the dead-letter index into Elasticsearch.
     Setup(Setup),
-    /// Show the whole way of a line on this machine.
     Demo(Demo),
-    /// Write manual pages and shell completions, for packages.
     #[command(hide = true)]
     Generate(Generate),
 }
@@ -73,7 +64,7 @@ pub struct Logging {
     pub log_format: Option<LogFormat>,
 }
 
-/// `waybill send`.
+/// Ship the lines of files and sockets to a receiver.
 #[derive(Debug, Default, Args)]
 #[command(long_about = "\
 Ships the lines of files and sockets to a receiver and waits for one receipt per line.
@@ -289,7 +280,7 @@ pub struct Elasticsearch {
     pub es_ca: Option<PathBuf>,
 }
 
-/// `waybill receive`.
+/// Take lines from senders and write them into Elasticsearch or the embedded store.
 #[derive(Debug, Default, Args)]
 #[command(long_about = "\
 Takes lines from senders and writes them into Elasticsearch, or into a store of its own: one SQLite \
@@ -408,7 +399,7 @@ pub struct Receive {
     pub logging: Logging,
 }
 
-/// `waybill check`.
+/// Check a configuration and all that it needs, and say how to mend it.
 #[derive(Debug, Args)]
 #[command(long_about = "\
 Checks a configuration and all that it needs, one line each: 'ok', 'warn', 'fail' with what to do, or 'skip' \
@@ -452,7 +443,7 @@ Examples:
     Receive(Box<Receive>),
 }
 
-/// `waybill generate`.
+/// Write manual pages and shell completions, for packages.
 #[derive(Debug, Args)]
 pub struct Generate {
     /// Folder that gets man1 and completions, made where missing
@@ -460,7 +451,7 @@ pub struct Generate {
     pub folder: PathBuf,
 }
 
-/// `waybill token`.
+/// Make, rotate, revoke and list the tokens that senders present.
 #[derive(Debug, Default, Args)]
 #[command(long_about = "\
 Makes the token of a sender, prints it alone on standard output, once, and keeps only its SHA-256.
@@ -499,7 +490,7 @@ pub struct Token {
     /// With --rotate: the token alone is enough again
     #[arg(long, requires = "rotate", conflicts_with = "chain_key")]
     pub no_chain_key: bool,
-    /// When it stops working: from now on, such as 90d
+    /// How long it works, from now on, such as 90d [default: without end]
     #[arg(long, value_name = "TIME", value_parser = value::duration)]
     pub expires: Option<Duration>,
     /// Replace the token of this name; the sender's identity stays
@@ -513,7 +504,7 @@ pub struct Token {
     pub list: bool,
 }
 
-/// `waybill search`.
+/// Find lines in the embedded store or in Elasticsearch.
 #[derive(Debug, Default, Args)]
 #[command(
     long_about = "Finds lines in the embedded store, or in Elasticsearch where that is named."
@@ -554,7 +545,7 @@ pub struct Search {
     pub json: bool,
 }
 
-/// `waybill setup`.
+/// Put the index templates and the dead-letter index into Elasticsearch.
 #[derive(Debug, Default, Args)]
 #[command(long_about = "\
 Puts the index templates and the dead-letter index into Elasticsearch. The key needs 'manage_index_templates' \
@@ -567,7 +558,8 @@ the priority is 200 and 1 for each of its characters, so that a template of your
 #[command(after_long_help = "\
 Examples:
   waybill setup --elasticsearch https://es-1:9200 --api-key-file /etc/waybill/admin-key
-  waybill setup --elasticsearch https://es-1:9200 --index 'web-{yyyy.MM.dd}' --api-key-file admin-key
+  waybill setup --elasticsearch https://es-1:9200 --index 'web-{yyyy.MM.dd}' \\
+    --api-key-file /etc/waybill/admin-key
   waybill setup --print")]
 pub struct Setup {
     /// Elasticsearch.
@@ -584,7 +576,7 @@ pub struct Setup {
     pub print: bool,
 }
 
-/// `waybill demo`.
+/// Show the whole way of a line on this machine.
 #[derive(Debug, Default, Args)]
 #[command(long_about = "\
 Shows the whole way of a line on this machine: makes a certificate and a token, starts 'waybill receive' \

@@ -175,7 +175,7 @@ fn failure(error: &anyhow::Error) -> Exit {
         // Whoever read our output has seen enough (`| head`).
         return Exit::Done;
     }
-    telemetry::report(&format!("{error:#}"));
+    telemetry::report(&told(error));
     if error.chain().any(|cause| cause.is::<ConfigError>()) {
         Exit::Configuration
     } else if error.chain().any(|cause| cause.is::<QueryError>()) {
@@ -183,6 +183,18 @@ fn failure(error: &anyhow::Error) -> Exit {
     } else {
         Exit::Failed
     }
+}
+
+/// The error and its causes; those that it names in its own text are not said twice.
+fn told(error: &anyhow::Error) -> String {
+    error.chain().fold(String::new(), |text, cause| {
+        let cause = cause.to_string();
+        match text.as_str() {
+            "" => cause,
+            said if said.contains(&cause) => text,
+            _ => format!("{text}: {cause}"),
+        }
+    })
 }
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
@@ -201,6 +213,15 @@ mod tests {
         let configuration = anyhow::Error::from(ConfigError::Faults(vec![problem]));
         assert_eq!(failure(&configuration.context("loading")).code(), 78);
         assert_eq!(failure(&anyhow::anyhow!("lost")).code(), 1);
+    }
+
+    #[test]
+    fn a_cause_is_said_once() {
+        let cause = io::Error::from(io::ErrorKind::NotFound);
+        let error = anyhow::anyhow!("no room").context("x cannot be made: no room; make some");
+        assert_eq!(told(&error), "x cannot be made: no room; make some");
+        let error = anyhow::Error::from(cause).context("reading x");
+        assert_eq!(told(&error), "reading x: entity not found");
     }
 
     #[test]

@@ -17,6 +17,7 @@ use crate::config::{DestinationConfig, ReceiveConfig};
 use crate::destination::{Destination, Lookup, Profile, Queue};
 use crate::metrics::Endpoint;
 use crate::receiver::{Dial, Metrics, Receiver};
+use crate::record::escape_path;
 use crate::shutdown::Shutdown;
 use crate::systemd;
 use crate::tls::{ServerCertificate, TlsError};
@@ -44,6 +45,7 @@ pub async fn run(
             return Err(error);
         }
     };
+    current.tell();
     systemd::ready();
     loop {
         let serving = receiver.run(current.listener.clone(), dials);
@@ -84,6 +86,9 @@ pub async fn run(
                 new
             }
         };
+        if next.running.way() != current.way() {
+            next.running.tell();
+        }
         (current, receiver, dials) = (next.running, next.receiver, next.dials);
         reload::done();
     }
@@ -116,6 +121,42 @@ struct Running {
     listener: Option<Listener>,
     endpoint: Option<Arc<Endpoint>>,
     part: Shutdown,
+}
+
+/// Where lines come in and where they go: what a person who mistyped it looks for.
+#[derive(PartialEq)]
+struct Way<'a> {
+    listen: Option<String>,
+    /// Senders that are dialled.
+    dials: Option<usize>,
+    to: String,
+    index: &'a str,
+}
+
+impl Running {
+    fn way(&self) -> Way<'_> {
+        Way {
+            listen: self.listener.as_ref().map(Listener::address),
+            dials: Some(self.config.dials.len()).filter(|count| *count > 0),
+            to: match &self.config.destination {
+                DestinationConfig::Embedded(store) => escape_path(&store.file),
+                DestinationConfig::Elasticsearch(cluster) => cluster.urls.join(" "),
+            },
+            index: self.config.rule.as_str(),
+        }
+    }
+
+    fn tell(&self) {
+        let Way { listen, dials, to, index } = self.way();
+        match &self.config.destination {
+            DestinationConfig::Embedded(_) => {
+                info!(listen, dials, store = to, index, "receiving");
+            }
+            DestinationConfig::Elasticsearch(_) => {
+                info!(listen, dials, elasticsearch = to, index, "receiving");
+            }
+        }
+    }
 }
 
 /// What is to take its place.

@@ -22,7 +22,7 @@ pub(super) fn judge<T>(next: anyhow::Result<Option<T>>, reloads: &Reloads) -> Op
             None
         }
         Err(error) => {
-            for line in format!("{error:#}").lines() {
+            for line in super::told(&error).lines() {
                 error!("{line}");
             }
             error!("the changed configuration is refused; the one before stays in force");

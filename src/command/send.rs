@@ -5,14 +5,14 @@
 
 use std::sync::Arc;
 
-use tracing::info;
+use tracing::{error, info};
 
 use super::reload;
 use crate::cli;
 use crate::config::{Environment, SendConfig, load_send};
 use crate::exit::Exit;
 use crate::metrics::Endpoint;
-use crate::sender::{Prepared, Sender};
+use crate::sender::{Prepared, Sender, Summary};
 use crate::{shutdown, systemd};
 
 /// Sends until a signal, or with `--once` until everything has its receipt.
@@ -33,10 +33,10 @@ pub async fn run(args: cli::Send, environment: Environment) -> anyhow::Result<Ex
     let mut part = shutdown.part();
     let mut sending = Box::pin(sender.start(prepared, part.clone()).await?);
     systemd::ready();
-    let summary = loop {
+    let ended = loop {
         let next = loop {
             tokio::select! {
-                ended = &mut sending => break Err(ended?),
+                ended = &mut sending => break Err(ended),
                 () = shutdown.hangup() => {}
             }
             if once || file.is_none() {
@@ -54,7 +54,7 @@ pub async fn run(args: cli::Send, environment: Environment) -> anyhow::Result<Ex
             }
         };
         match next {
-            Err(summary) => break summary,
+            Err(ended) => break ended,
             Ok((new, new_endpoint, prepared)) => {
                 part.request_alone();
                 sending.await?;
@@ -64,9 +64,12 @@ pub async fn run(args: cli::Send, environment: Environment) -> anyhow::Result<Ex
             }
         }
     };
-    sender.close().await;
+    // What a refusal ended may have a reader that waits on.
+    if ended.is_ok() {
+        sender.close().await;
+    }
     // Sockets count to their end, over all configurations that were in force.
-    let summary = metrics.summary(summary.complete);
+    let summary = metrics.summary(ended.as_ref().is_ok_and(|summary| summary.complete));
     info!(
         stored = summary.stored,
         already = summary.already,
@@ -76,9 +79,34 @@ pub async fn run(args: cli::Send, environment: Environment) -> anyhow::Result<Ex
         resent_bytes = summary.resent_bytes,
         lost_bytes = summary.lost_bytes,
         lost_datagrams = summary.lost_datagrams,
+        left_bytes = summary.left_bytes,
         "ended"
     );
-    Ok(if once && !summary.complete { Exit::Failed } else { Exit::Done })
+    ended?;
+    if !once || summary.complete {
+        return Ok(Exit::Done);
+    }
+    error!("failed: {}", failure(&summary));
+    Ok(Exit::Failed)
+}
+
+/// Why `--once` is no success; the messages before it name files and lines.
+fn failure(summary: &Summary) -> String {
+    let mut why = Vec::new();
+    if summary.parked > 0 {
+        why.push(format!("lines parked in the dead letter: {}", summary.parked));
+    }
+    if summary.lost_bytes > 0 {
+        why.push(format!("bytes lost: {}", summary.lost_bytes));
+    }
+    if summary.left_bytes > 0 {
+        let left = summary.left_bytes;
+        why.push(format!("bytes without a receipt, which the next run sends: {left}"));
+    }
+    if why.is_empty() {
+        why.push("not everything that was named could be sent".to_owned());
+    }
+    format!("{}; the messages above say more", why.join(", "))
 }
 
 type InForce = (SendConfig, Option<Arc<Endpoint>>, Prepared);

@@ -48,8 +48,13 @@ pub fn run(file: &Path, action: TokenAction) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     match action {
         TokenAction::Mint { name, terms, chain_key } => {
+            let is_new = !file.exists();
             let token = enrol(chain_key, terms, |terms| tokens::mint(file, &name, terms))?;
             writeln!(out, "{token}")?;
+            if is_new {
+                // A path that was mistyped shows here.
+                anstream::eprintln!("tokens file {} is new", escape_path(file));
+            }
         }
         TokenAction::Rotate { name, terms, chain_key } => {
             let token = enrol(chain_key, terms, |terms| tokens::rotate(file, &name, terms))?;

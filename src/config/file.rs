@@ -15,6 +15,9 @@ use toml::de::{DeArray, DeTable, DeValue};
 use super::problem::{At, ConfigError, Findings, Place};
 use super::value::{self, ValueError};
 
+/// A key that is so like a known one (by the letters that differ, 0 to 1) is probably that, misspelt.
+const LIKE: f64 = 0.6;
+
 /// A configuration file that has been read.
 pub(super) struct File {
     path: Arc<Path>,
@@ -224,9 +227,17 @@ impl<'f> Table<'f> {
     ) -> Vec<T> {
         let Some((value, place)) = self.take(key) else { return Vec::new() };
         let expected = format!("an array of tables: write [[{key}]]");
-        let DeValue::Array(items) = value.into_inner() else {
-            self.file.findings.borrow_mut().problem(&place, format!("must be {expected}"));
-            return Vec::new();
+        let items = match value.into_inner() {
+            DeValue::Array(items) => items,
+            DeValue::Table(_) => {
+                let message = format!(
+                    "write [[{key}]] instead of [{key}], with two brackets on either side: each is \
+                     one of several"
+                );
+                self.file.findings.borrow_mut().problem(&place, message);
+                return Vec::new();
+            }
+            other => return self.wrong_type(&place, &expected, &other).into_iter().collect(),
         };
         let mut tables = Vec::new();
         for item in items {
@@ -257,7 +268,10 @@ impl<'f> Table<'f> {
         let allowed = self.asked.join(", ");
         for key in self.entries.keys() {
             let place = self.place_of(key.span().start, key.get_ref());
-            let message = format!("unknown key; allowed here: {allowed}");
+            let message = match nearest(key.get_ref(), &self.asked) {
+                Some(near) => format!("unknown key; did you mean {near}? Allowed here: {allowed}"),
+                None => format!("unknown key; allowed here: {allowed}"),
+            };
             self.file.findings.borrow_mut().problem(&place, message);
         }
     }
@@ -319,4 +333,11 @@ impl<'f> Table<'f> {
         self.file.findings.borrow_mut().problem(place, message);
         None
     }
+}
+
+/// The known key that was probably meant.
+fn nearest(typed: &str, known: &[&'static str]) -> Option<&'static str> {
+    let likeness = |key: &str| strsim::normalized_damerau_levenshtein(typed, key);
+    let nearest = known.iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)))?;
+    (likeness(nearest) >= LIKE).then_some(*nearest)
 }

@@ -5,11 +5,12 @@
 //! needs no further check, and every fault is told at once.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::record::{Format, IndexRule, TypeName};
+use crate::record::{Format, IndexRule, TypeName, escape_path};
 
 mod check;
 mod dial;
@@ -220,6 +221,15 @@ pub enum ReceiptsTarget {
     Stdout,
     /// Appended to a file.
     File(PathBuf),
+}
+
+impl fmt::Display for ReceiptsTarget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ReceiptsTarget::Stdout => f.write_str("standard output"),
+            ReceiptsTarget::File(path) => f.write_str(&escape_path(path)),
+        }
+    }
 }
 
 /// The address of the side that is dialled.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
+use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
@@ -427,7 +428,15 @@ fn check_files(pattern: &str, name: &str, once: bool, place: &Place, findings: &
             let message = format!("{name} is a directory: name files, such as {name}/*.log");
             findings.problem(place, message);
         }
-        Err(error) if once => findings.problem(place, format!("{name}: {error}")),
+        Err(error) if once => {
+            let message = match error.kind() {
+                io::ErrorKind::NotFound => {
+                    format!("{name} is not there, and --once waits for none")
+                }
+                _ => format!("{name}: {error}"),
+            };
+            findings.problem(place, message);
+        }
         _ => {}
     }
 }

@@ -93,7 +93,7 @@ fn bad_senders_say_where_and_what_is_allowed() {
     for (text, expected) in [
         (
             format!("tokn_file = 'x'\n{SEND}{SOURCE}"),
-            "c.toml:1:1: tokn_file: unknown key; allowed here: balance, ca, cert, chain_key_file, compress, \
+            "c.toml:1:1: tokn_file: unknown key; did you mean token_file? Allowed here: balance, ca, cert, chain_key_file, compress, \
              drain_timeout, idle_close, insecure_plaintext, kept_bytes_max, key, listen, log_format, log_level, \
              metrics, once_timeout, proxy, rate_limit, receipts, source, spool_bytes_max, state_dir, tls_cert, \
              tls_key, to, token_file, tokens"
@@ -101,7 +101,7 @@ fn bad_senders_say_where_and_what_is_allowed() {
         ),
         (
             with_source("  typ = 'nginx'\n"),
-            "c.toml:5:3: source.typ: unknown key; allowed here: files, follow_symlinks, format, \
+            "c.toml:5:3: source.typ: unknown key; did you mean type? Allowed here: files, follow_symlinks, format, \
              http_intake, labels, mode, name, receive_buffer, rotated, start, stdin, supervisor_events, syslog_tcp, \
              syslog_tls, syslog_udp, tags, timezone, tls_cert, tls_key, type, unix_datagram, unix_stream"
                 .to_owned(),
@@ -238,7 +238,13 @@ fn bad_senders_say_where_and_what_is_allowed() {
         ),
         (
             format!("{SEND}source = 'x'\n"),
-            "c.toml:3:1: source: must be an array of tables: write [[source]]".to_owned(),
+            "c.toml:3:1: source: must be an array of tables: write [[source]], not a string".to_owned(),
+        ),
+        (
+            format!("{SEND}[source]\nfiles = 'a.log'\n"),
+            "c.toml:3:2: source: write [[source]] instead of [source], with two brackets on either \
+             side: each is one of several"
+                .to_owned(),
         ),
         (
             SEND.to_owned(),
@@ -395,7 +401,12 @@ fn bad_receivers_say_where_and_what_is_allowed() {
         ),
         (
             format!("{RECEIVE}[store]\nkeep_day = 1\n"),
-            "c.toml:4:1: store.keep_day: unknown key; allowed here: file, keep_bytes, keep_days",
+            "c.toml:4:1: store.keep_day: unknown key; did you mean keep_days? Allowed here: file, keep_bytes, \
+             keep_days",
+        ),
+        (
+            format!("{RECEIVE}[store]\ncolour = 1\n"),
+            "c.toml:4:1: store.colour: unknown key; allowed here: file, keep_bytes, keep_days",
         ),
         (
             format!(
@@ -540,7 +551,7 @@ fn once_wants_its_files_and_a_terminal_for_progress() {
     assert!(!load(false, true));
     let flags = SendLayer { once: true, ..SendLayer::default() };
     let error = desk.send(flags, &format!("{SEND}[[source]]\nfiles = 'typo.log'\n"));
-    assert!(error.expect_err("not there").to_string().contains("No such file"));
+    assert!(error.expect_err("a typo").to_string().contains("typo.log is not there"));
 }
 
 /// Each example is loaded as it stands, with the files that it names beside it.

@@ -1,5 +1,6 @@
 //! Control messages: JSON objects with a `type`; fields a side does not know are ignored.
 
+use std::fmt;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -153,6 +154,13 @@ pub enum RefusalCode {
     /// Anything else that is wrong with the row.
     #[serde(other)]
     Row,
+}
+
+impl fmt::Display for RefusalCode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // As it stands on the wire.
+        self.serialize(f)
+    }
 }
 
 /// Verdicts of one range of a segment; ranges come in any order.

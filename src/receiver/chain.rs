@@ -47,15 +47,17 @@ impl Claims {
         };
         match found {
             Ok(Found::Of(found)) if found == sender.id => {
-                debug!(sender = ?sender.name, ?index, ?id, "the last receipted document is there");
+                debug!(sender = sender.name, index, id, "the last receipted document is there");
             }
             Ok(Found::Of(other)) => warn!(
-                sender = ?sender.name, ?index, ?id, %other,
+                sender = sender.name, index, id, %other,
                 "the last document that this sender has a receipt for is another sender's: a state \
                  directory that was used under another token, or a forged hello"
             ),
             Ok(Found::Nothing) => warn!(
-                sender = ?sender.name, ?index, ?id,
+                sender = sender.name,
+                index,
+                id,
                 "the last document that this sender has a receipt for is not there: deleted by \
                  retention (keep_days, keep_bytes, an index that was deleted), which is as it \
                  should be; else a store that was restored from an older copy, or a forged hello"

@@ -142,23 +142,23 @@ pub(super) async fn until_the_end(
     };
     match &end {
         End::Closed { code, reason } => {
-            info!(sender = ?name, code, reason = ?reason, "sender closed")
+            info!(sender = name, code, reason, "sender closed")
         }
-        End::Lost(error) => info!(sender = ?name, %peer, %error, "connection lost"),
-        End::Dead => info!(sender = ?name, %peer, "connection dead: nothing came in"),
+        End::Lost(error) => info!(sender = name, %peer, %error, "connection lost"),
+        End::Dead => info!(sender = name, %peer, "connection dead: nothing came in"),
         End::Violation(Violation { code, reason, is_unproven: true }) => {
             warn!(
-                sender = ?name, %peer, code, reason = ?reason,
+                sender = name, %peer, code, reason,
                 "refused: the token came without proof of its chain key; a copied token?"
             );
         }
         End::Violation(Violation { code: close::RESTART, reason, .. }) => {
-            info!(sender = ?name, reason, "closing");
+            info!(sender = name, reason, "closing");
         }
         End::Violation(Violation { code, reason, .. }) => {
-            warn!(sender = ?name, %peer, code, reason = ?reason, "sender broke the protocol");
+            warn!(sender = name, %peer, code, reason, "sender broke the protocol");
         }
-        End::Ours { code, reason } => info!(sender = ?name, code, reason, "closing"),
+        End::Ours { code, reason } => info!(sender = name, code, reason, "closing"),
     }
     let (code, reason) = match &end {
         End::Lost(_) | End::Dead => return end,

@@ -93,7 +93,7 @@ impl Dial {
             let delay = match attempt {
                 Ok((sender, challenge, socket)) => {
                     retry.connected();
-                    info!(sender = ?name, url = %endpoint.url, "dialled");
+                    info!(sender = name, url = %endpoint.url, "dialled");
                     clock.look(&endpoint.url, "the sender's", socket.date());
                     let accepted = Accepted {
                         sender,
@@ -113,7 +113,7 @@ impl Dial {
                     let slowly = error.needs_a_person();
                     let Pause { delay, tell } = retry.failed(slowly, error.retry_after());
                     if tell {
-                        warn!(sender = ?name, url = %endpoint.url, retry_in = ?delay, "{error}");
+                        warn!(sender = name, url = %endpoint.url, retry_in = ?delay, "{error}");
                     }
                     delay
                 }
@@ -133,7 +133,8 @@ impl Dial {
         let (endpoint, tls) =
             (&self.config.endpoint, self.trust.as_ref().map(|trust| trust.config()));
         let offer = Offer { challenge, ..Offer::new(token.trim(), SUBPROTOCOL) };
-        Ok(connect(endpoint, tls, &offer, CONNECT_TIMEOUT).await?)
+        let connected = connect(endpoint, tls, &offer, CONNECT_TIMEOUT).await;
+        Ok(connected.map_err(|error| error.trusting(self.config.ca.as_deref()))?)
     }
 }
 
@@ -146,7 +147,7 @@ async fn entry(tokens: &mut watch::Receiver<Arc<Tokens>>, name: &str, file: &Pat
         }
         if !std::mem::replace(&mut waits, true) {
             warn!(
-                sender = ?name, ?file,
+                sender = name, file = %escape_path(file),
                 "not dialled: no valid entry has this name; `waybill token NAME --tokens FILE` \
                  makes one"
             );

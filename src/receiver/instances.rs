@@ -65,7 +65,7 @@ impl Instances {
         let instance = identity.instance;
         if let Some(other) = self.begin(sender.id, instance, Instant::now()) {
             warn!(
-                sender = ?sender.name, %instance, %other,
+                sender = sender.name, %instance, %other,
                 "two instances use this sender's token: give each machine a token of its own"
             );
         }
@@ -158,7 +158,7 @@ impl Presence {
             .flatten();
         if let Some(other) = other {
             warn!(
-                sender = ?self.name, %instance, %run, %other,
+                sender = self.name, %instance, %run, %other,
                 "two running senders use copies of one state directory: stop one of them, and give \
                  it an empty state directory and a token of its own"
             );

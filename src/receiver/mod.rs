@@ -31,6 +31,7 @@ pub use metrics::Metrics;
 use crate::config::ReceiveConfig;
 use crate::destination::{Frame, Lookup, Profile, Queue};
 use crate::protocol::FRAME_BYTES_MAX;
+use crate::record::escape_path;
 use crate::shutdown::Shutdown;
 use crate::stamp::Stamp;
 use crate::tokens::{self, Tokens, TokensError};
@@ -86,7 +87,7 @@ impl Receiver {
     ) -> Result<Receiver, TokensError> {
         let tokens = Tokens::load(&config.tokens)?;
         if tokens.entries().is_empty() {
-            warn!(file = ?config.tokens, "no tokens: nobody may send until `waybill token` mints one");
+            warn!(file = %escape_path(&config.tokens), "no tokens: nobody may send until `waybill token` mints one");
         }
         let (tokens_changed, tokens) = tokio::sync::watch::channel(Arc::new(tokens));
         // One largest frame must fit, or its connection would wait for ever.

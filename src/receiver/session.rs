@@ -236,7 +236,7 @@ impl Session {
             self.claim = last.map(|(index, id)| Claim { index, id });
         }
         info!(
-            sender = ?self.sender.name, instance = %hello.instance, agent = ?hello.agent,
+            sender = self.sender.name, instance = %hello.instance, agent = hello.agent,
             "sender connected"
         );
         self.state = State::Open(Identity { instance: hello.instance, run: hello.run });
@@ -282,7 +282,7 @@ impl Session {
             }
             Err((code, reason)) => {
                 warn!(
-                    sender = ?self.sender.name, segment = %row.segment, source = ?row.source,
+                    sender = self.sender.name, segment = %row.segment, source = row.source,
                     reason, "segment refused"
                 );
                 self.segments.insert(handle, Declared::Refused);

@@ -19,7 +19,7 @@ pub const REPEATED_BYTES_MAX: usize = 12 << 10;
 ///
 /// It is on disk before the segment's first line is sent, and `open` is built from it, never from
 /// today's configuration. What only `welcome` can tell (`sender`, `rule`) completes it once; after
-/// that nothing changes but `end` and `cuts`.
+/// that nothing changes but `end` and `cuts`, unless it was refused wherever it was declared.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Row {
     /// Minted when the row opened.
@@ -75,6 +75,11 @@ pub struct Row {
 }
 
 impl Row {
+    /// Where its lines come from, for a person: the path, or the source's name where there is none.
+    pub fn whence(&self) -> &str {
+        if self.path.is_empty() { &self.source } else { &self.path }
+    }
+
     /// Bytes that each document of the segment repeats.
     pub fn repeated_bytes(&self) -> usize {
         let names = self.source.len() + self.path.len() + self.host.len();

@@ -237,9 +237,9 @@ async fn receive(link: &Link, mut socket: SocketReceiver) -> Ended {
             },
             Incoming::Close { code, reason } => {
                 if matches!(code, close::NORMAL | close::GOING_AWAY | close::RESTART) {
-                    info!(code, ?reason, "connection closed");
+                    info!(code, reason, "connection closed");
                 } else {
-                    warn!(code, ?reason, "the receiver closed the connection");
+                    warn!(code, reason, "the receiver closed the connection");
                 }
                 break;
             }

@@ -117,7 +117,7 @@ impl Dialler {
                 Ok(greeted) => {
                     retry.connected();
                     let welcome = &greeted.welcome;
-                    info!(receiver = %endpoint.url, name = ?welcome.name, sender = %welcome.sender,
+                    info!(receiver = %endpoint.url, name = welcome.name, sender = %welcome.sender,
                         "connected");
                     let open = self.connections.open(endpoint.url.clone(), greeted);
                     let link = open.link();
@@ -187,7 +187,8 @@ impl Dialler {
             .map_err(|source| LinkError::TokenFile { path: escape_path(path), source })?;
         let tls = self.trust.as_ref().filter(|_| endpoint.tls).map(|trust| trust.config());
         let offer = Offer::new(token.trim(), SUBPROTOCOL);
-        let socket = connect(endpoint, tls, &offer, CONNECT_TIMEOUT).await?;
+        let connected = connect(endpoint, tls, &offer, CONNECT_TIMEOUT).await;
+        let socket = connected.map_err(|error| error.trusting(self.config.ca.as_deref()))?;
         clock.look(&endpoint.url, "the receiver's", socket.date());
         Ok(self.connections.greet(&endpoint.url, socket).await?)
     }

@@ -178,7 +178,7 @@ impl SpoolSource {
                 }
                 Ok(false) => IntakeEnd::Stopped,
                 Err(error) => {
-                    error!(source = ?name, %error, "source ended");
+                    error!(source = name, %error, "source ended");
                     IntakeEnd::Failed
                 }
             };
@@ -245,7 +245,7 @@ impl Running {
     async fn end(&mut self) {
         self.stop.cancel();
         if let Err(error) = (&mut self.task).await {
-            error!(source = ?self.source.name, %error, "source ended unexpectedly");
+            error!(source = self.source.name, %error, "source ended unexpectedly");
         }
     }
 
@@ -254,9 +254,9 @@ impl Running {
         self.end().await;
         let source = &self.source.name;
         match self.spool.unreleased() {
-            0 => info!(?source, "source given up"),
+            0 => info!(source, "source given up"),
             bytes => warn!(
-                ?source,
+                source,
                 bytes,
                 "source given up: what of it has no receipt stays in \
                 the spool until a source has this name again"

@@ -15,7 +15,7 @@ use tracing::{info, warn};
 use super::connection::{Close, Connections, GreetError};
 use crate::config::{Listen, ListenConfig};
 use crate::protocol::SUBPROTOCOL;
-use crate::record::SenderId;
+use crate::record::{SenderId, escape_path};
 use crate::tls::{ServerCertificate, TlsError};
 use crate::tokens::{self, TokenHash, Tokens, TokensError};
 use crate::transport::{
@@ -61,7 +61,7 @@ impl Listening {
         let tls = ServerCertificate::again(known, config.tls.as_ref(), None)?;
         let tokens = Tokens::load(&config.tokens)?;
         if tokens.entries().is_empty() {
-            warn!(file = ?config.tokens, "no tokens: no receiver may enter until `waybill token` mints one");
+            warn!(file = %escape_path(&config.tokens), "no tokens: no receiver may enter until `waybill token` mints one");
         }
         let (tokens_changed, tokens) = watch::channel(Arc::new(tokens));
         let listener = match current.filter(|current| current.listen == config.listen) {
@@ -146,10 +146,10 @@ async fn serve(
         match greeted {
             Ok(greeted) => {
                 let sender = greeted.welcome.sender;
-                info!(receiver = ?name, %peer, name = ?greeted.welcome.name, %sender, "connected");
+                info!(receiver = name, %peer, name = greeted.welcome.name, %sender, "connected");
                 let close = async {
                     let close = close.await;
-                    info!(receiver = ?name, %peer, reason = close.reason, "closing");
+                    info!(receiver = name, %peer, reason = close.reason, "closing");
                     close
                 };
                 let open = connections.open(name.clone(), greeted);
@@ -157,7 +157,7 @@ async fn serve(
             }
             Err(error) => {
                 connections.metrics.connection_failures.add(1);
-                warn!(receiver = ?name, %peer, "{error}");
+                warn!(receiver = name, %peer, "{error}");
             }
         }
     }

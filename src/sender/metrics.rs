@@ -60,6 +60,8 @@ pub struct Metrics {
     /// Readings of a changed configuration.
     pub reloads: Reloads,
     kept_bytes: (AtomicU64, AtomicU64),
+    /// What had no receipt when sending ended.
+    pub left_bytes: AtomicU64,
     /// The state is open and sockets are bound, as far as they can be.
     pub ready: AtomicBool,
     budget: Arc<Budget>,
@@ -75,6 +77,7 @@ impl Metrics {
             connection_failures: Counter::default(),
             reloads: Reloads::default(),
             kept_bytes: Default::default(),
+            left_bytes: AtomicU64::new(0),
             ready: AtomicBool::new(false),
             budget,
         }
@@ -99,6 +102,7 @@ impl Metrics {
             summary.lost_bytes += counters.lost_bytes.get();
             summary.lost_datagrams += counters.dropped_datagrams.get();
         }
+        summary.left_bytes = self.left_bytes.load(Ordering::Relaxed);
         summary.complete = complete && summary.parked == 0 && summary.lost_bytes == 0;
         summary
     }

@@ -124,6 +124,8 @@ pub struct Summary {
     pub lost_bytes: u64,
     /// Datagrams that the kernel counted as dropped, at all UDP sockets.
     pub lost_datagrams: u64,
+    /// Bytes of what was followed that had no receipt at the end: the next run sends them.
+    pub left_bytes: u64,
     /// Every line was receipted: with `--once`, the exit code depends on it.
     pub complete: bool,
 }
@@ -137,6 +139,8 @@ pub struct Context {
     receipts: Option<Receipts>,
     /// What there was to send when each file was found, in bytes.
     total_bytes: AtomicU64,
+    /// By run: what the last stream of it left without a receipt, in bytes.
+    left: Mutex<HashMap<Uuid, u64>>,
     deferrals: Deferrals,
     kept_bytes: AtomicU64,
     /// Files wait until others give their descriptors back.
@@ -149,6 +153,14 @@ pub struct Context {
 }
 
 impl Context {
+    fn note_left(&self, run: Uuid, bytes: u64) {
+        self.left.lock().unwrap_or_else(PoisonError::into_inner).insert(run, bytes);
+    }
+
+    fn left_bytes(&self) -> u64 {
+        self.left.lock().unwrap_or_else(PoisonError::into_inner).values().sum()
+    }
+
     fn path_of(&self, source: &SourceConfig) -> String {
         match &source.input {
             Input::UnixDatagram { path, .. } | Input::UnixStream { path, .. } => {
@@ -177,7 +189,7 @@ impl Deferrals {
             return;
         }
         said.insert(key, Instant::now());
-        warn!(path, ?reason, again_in = ?after, "the receiver cannot store these lines yet");
+        warn!(path, reason, again_in = ?after, "the receiver cannot store these lines yet");
     }
 }
 
@@ -267,7 +279,7 @@ impl Sender {
         let opener = Opener::of(&config.connection, self.address.as_ref())?;
         let receipts = config.receipts.as_ref().map(|target| {
             Receipts::open(target)
-                .map_err(|source| SendError::Receipts { path: format!("{target:?}"), source })
+                .map_err(|source| SendError::Receipts { path: target.to_string(), source })
         });
         let host = host_name();
         let attributes = |source: &SourceConfig| {
@@ -308,6 +320,7 @@ impl Sender {
             wanted: wanted.clone(),
             receipts,
             total_bytes: AtomicU64::new(0),
+            left: Mutex::default(),
             deferrals: Deferrals::default(),
             kept_bytes: AtomicU64::new(0),
             crowded: AtomicBool::new(false),
@@ -370,6 +383,7 @@ async fn run(
     let complete = drive(&context, &sources, followers, connector, &saver).await;
     context.ending.cancel();
     saver.save().await;
+    saver.metrics.left_bytes.store(context.left_bytes(), Ordering::Relaxed);
     let summary = saver.metrics.summary(*complete.as_ref().unwrap_or(&false));
     drop((saver, context));
     if let Some(thread) = receipts_thread {

@@ -36,7 +36,12 @@ pub struct Receipts {
 struct Entry<'a> {
     id: &'a str,
     index: &'a str,
+    /// Of a file or a Unix socket.
+    #[serde(skip_serializing_if = "str::is_empty")]
     path: &'a str,
+    /// The source's name, where there is no path.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    source: Option<&'a str>,
     offset: u64,
     verdict: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -114,6 +119,7 @@ fn write_line(output: &mut impl Write, line: &Line) -> io::Result<()> {
             id: std::str::from_utf8(&text).unwrap_or_default(),
             index: own_index.as_deref().unwrap_or(&index),
             path: &row.path,
+            source: row.path.is_empty().then_some(&row.source),
             offset: record.offset,
             verdict,
             reason,

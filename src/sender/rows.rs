@@ -138,6 +138,7 @@ impl Attributes {
             kept_from: None,
             kept_short_of: None,
             passed_over: None,
+            refused: false,
         };
         if let Some(welcome) = welcome {
             complete(&mut entry, welcome);
@@ -156,10 +157,26 @@ impl Attributes {
             && row.format == source.format
             && row.timezone == source.timezone
     }
+
+    /// A refused row anew from `start` on, under another id, with what the configuration says now.
+    pub fn replaced(&self, refused: &Entry, start: u64) -> Entry {
+        let source = &self.source;
+        let mut entry = refused.renewed(start);
+        entry.row.source.clone_from(&source.name);
+        entry.row.host.clone_from(&self.host);
+        entry.row.type_name.clone_from(&source.type_name);
+        entry.row.tags.clone_from(&source.tags);
+        entry.row.labels.clone_from(&source.labels);
+        entry.row.format = source.format;
+        entry.row.timezone.clone_from(&source.timezone);
+        entry
+    }
 }
 
-/// Fills in what only `welcome` can tell; what is there already stays.
+/// Fills in what only `welcome` can tell; what is there already stays. From now on a receiver may
+/// accept the row.
 pub fn complete(entry: &mut Entry, welcome: &Welcome) {
+    entry.refused = false;
     entry.row.sender.get_or_insert(welcome.sender);
     entry.row.rule.get_or_insert_with(|| welcome.rule.clone());
     if entry.destination.is_none() {

@@ -68,7 +68,7 @@ fn passed() -> Vec<OwnedFd> {
     }
     let count = number("LISTEN_FDS").unwrap_or(0).min(COUNT_MAX);
     let names = std::env::var("LISTEN_FDNAMES").unwrap_or_default();
-    tracing::info!(count, ?names, "the service manager passed sockets");
+    tracing::info!(count, names, "the service manager passed sockets");
     (FIRST..)
         .zip(0..count)
         .filter_map(|(number, _)| {

@@ -20,10 +20,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
-use tracing::warn;
+use tracing::{info, warn};
 use uuid::Uuid;
 
-use crate::record::{Framing, Row, SegmentId};
+use crate::record::{Framing, Row, SegmentId, escape_path};
 
 use journal::{Change, Journal};
 pub use positions::{Fingerprint, LastReceipted, Place, Progress, Stamp};
@@ -57,6 +57,10 @@ pub struct Entry {
     /// passes over what is there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub passed_over: Option<Box<Progress>>,
+    /// A receiver refused the row, and none can ever have accepted it: nothing is stored under it, so
+    /// that a changed configuration may replace it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub refused: bool,
 }
 
 impl Entry {
@@ -87,7 +91,19 @@ impl Entry {
         renewed.row.rule = None;
         renewed.destination = None;
         renewed.passed_over = None;
+        renewed.refused = false;
         renewed
+    }
+
+    /// The row as it was before its first `welcome`, once it is known that it was refused wherever it
+    /// was declared.
+    pub fn as_refused(&self) -> Entry {
+        let mut refused = self.clone();
+        refused.row.sender = None;
+        refused.row.rule = None;
+        refused.destination = None;
+        refused.refused = true;
+        refused
     }
 }
 
@@ -154,11 +170,16 @@ impl State {
     /// machine may go on under the same rows; [`State::was_cloned`] says so.
     pub fn open(dir: &Path, machine: &str) -> Result<State, StateError> {
         let failed = |what| move |source| StateError::Io { dir: dir.to_owned(), what, source };
+        let is_new = !dir.exists();
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(dir)
             .map_err(failed("cannot be made"))?;
+        if is_new {
+            // A path that was mistyped shows here.
+            info!(state_dir = %escape_path(dir), "created: no position is known yet");
+        }
         let lock = lock::create(dir)?;
         let (journal, replayed) =
             Journal::open(dir).map_err(failed("its row journal cannot be opened"))?;

@@ -36,6 +36,7 @@ pub(crate) fn entry(path: &str) -> Entry {
         kept_short_of: None,
         born: 0,
         passed_over: None,
+        refused: false,
     }
 }
 

@@ -21,6 +21,7 @@ use thiserror::Error;
 use tracing::warn;
 
 use crate::config::Identity;
+use crate::record::escape_path;
 
 pub use replaced::{Acceptor, ClientTrust, ServerCertificate, ServerStream, watch};
 
@@ -189,7 +190,7 @@ fn pair(files: &Identity) -> Result<Pair, TlsError> {
     let end = chain.first().and_then(|own| not_after(own));
     if let Some(expired) = end.filter(|end| *end < now) {
         warn!(
-            certificate = ?files.certificate, %expired,
+            certificate = %escape_path(&files.certificate), %expired,
             "the certificate has expired and peers refuse it: renew it; it is taken over by itself"
         );
     }

@@ -7,10 +7,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
+use tracing::field::display;
 use tracing::{info, warn};
 
 use super::{ClientConfig, ServerConfig, TlsError, certified, client_config};
 use crate::config::Identity;
+use crate::record::escape_path;
 use crate::stamp::Stamp;
 
 /// How often a server's certificate and key are looked at.
@@ -52,7 +54,9 @@ impl ClientTrust {
             known.0 = stamps;
             match client_config(ca, identity) {
                 Ok(config) => {
-                    info!(?ca, certificate = ?identity.map(|files| &files.certificate), "TLS files taken over");
+                    let shown = |path: &Path| display(escape_path(path));
+                    let certificate = identity.map(|files| shown(&files.certificate));
+                    info!(ca = ca.map(shown), certificate, "TLS files taken over");
                     known.1 = config;
                 }
                 Err(error) => warn!(%error, "the TLS files known before are used on"),
@@ -160,15 +164,17 @@ impl ServerCertificate {
             return;
         }
         current.read = now;
-        let Identity { certificate, key } = &self.files;
+        let certificate = display(escape_path(&self.files.certificate));
         match certified(&self.files, self.client_ca.as_deref(), self.http) {
             Ok((config, not_after)) => {
-                info!(?certificate, ends = ?not_after, "certificate taken over");
+                let ends = not_after.map(display);
+                info!(certificate, ends, "certificate taken over");
                 current.config = config;
                 current.not_after = not_after;
             }
             Err(error) => {
-                warn!(%error, ?certificate, ?key, "the certificate known before is served on");
+                let key = display(escape_path(&self.files.key));
+                warn!(%error, certificate, key, "the certificate known before is served on");
             }
         }
     }

@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
 use super::Tokens;
+use crate::record::escape_path;
 use crate::stamp::Stamp;
 
 /// How often the file is looked at.
@@ -54,7 +55,7 @@ pub fn reload(file: &Path, tokens: &watch::Sender<Arc<Tokens>>) {
                 changed
             });
             if changed {
-                info!(?file, entries = tokens.borrow().entries().len(), "tokens taken over");
+                info!(file = %escape_path(file), entries = tokens.borrow().entries().len(), "tokens taken over");
             }
         }
         Err(error) => error!(

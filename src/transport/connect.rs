@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -29,6 +30,7 @@ use super::socket::Socket;
 use super::stream::Io;
 use crate::config::{Endpoint, EndpointAddress};
 use crate::protocol::{CHALLENGE_HEADER, Challenge, TYPES_HEADER};
+use crate::record::escape_path;
 
 /// Bytes of a refusal's body that are shown.
 const EXCERPT_BYTES: usize = 200;
@@ -140,7 +142,10 @@ pub enum ConnectError {
         body: String,
     },
     /// The other side does not speak our subprotocol.
-    #[error("the server does not speak {wanted}: it chose {chosen:?}")]
+    #[error(
+        "the server does not speak {wanted}: it chose {}",
+        .chosen.as_ref().map_or("nothing".to_owned(), |chosen| format!("{chosen:?}"))
+    )]
     Subprotocol {
         /// What was asked for.
         wanted: String,
@@ -171,6 +176,16 @@ impl ConnectError {
         )
     }
 
+    /// Names the file of the authorities that were trusted, where one was given.
+    pub fn trusting(self, ca: Option<&Path>) -> ConnectError {
+        match (self, ca) {
+            (ConnectError::Tls { host, fault: TlsFault::UnknownAuthority }, Some(ca)) => {
+                ConnectError::Tls { host, fault: TlsFault::OtherAuthority(escape_path(ca)) }
+            }
+            (error, _) => error,
+        }
+    }
+
     /// What the other side asks us to wait.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
@@ -195,6 +210,18 @@ pub enum TlsFault {
     /// No trusted authority signed it.
     #[error("the server's certificate comes from an unknown authority; name its CA with --ca")]
     UnknownAuthority,
+    /// None of the authorities in this file signed it.
+    #[error(
+        "the server's certificate is signed by no authority in {0}, the CA file that was given; name \
+         the file of the one that signed it, if this is the right server"
+    )]
+    OtherAuthority(String),
+    /// The server shows an authority's certificate as its own.
+    #[error(
+        "the server's certificate is one of an authority (CA:TRUE), as openssl makes by default when it \
+         signs itself; make the server one with basicConstraints=CA:FALSE"
+    )]
+    AuthorityItself,
     /// The answer is not TLS.
     #[error("the server does not speak TLS on this port; check the port, or use ws:// on loopback")]
     NotTls,
@@ -391,6 +418,10 @@ fn tls_fault(error: &io::Error) -> TlsFault {
             // A bad signature is an authority made anew under its old name.
             CertificateError::UnknownIssuer | CertificateError::BadSignature => {
                 TlsFault::UnknownAuthority
+            }
+            // rustls has no name for this one.
+            CertificateError::Other(other) if other.0.to_string() == "CaUsedAsEndEntity" => {
+                TlsFault::AuthorityItself
             }
             other => TlsFault::Other(other.to_string()),
         },

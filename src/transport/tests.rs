@@ -231,6 +231,20 @@ async fn each_fault_of_a_certificate_has_its_name() {
     );
     let stranger = Authority::new().server("localhost", VALID);
     assert_eq!(tls_fault(&stranger, client.clone()).await, TlsFault::UnknownAuthority);
+    let unknown = || ConnectError::Tls { host: "h".to_owned(), fault: TlsFault::UnknownAuthority };
+    assert!(unknown().trusting(None).to_string().contains("name its CA with --ca"));
+    let named = unknown().trusting(Some(Path::new("/own/ca.pem"))).to_string();
+    assert!(named.contains("/own/ca.pem") && !named.contains("--ca"), "{named}");
+    let key = KeyPair::generate().expect("key");
+    let mut params = CertificateParams::new(["localhost".to_owned()]).expect("params");
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let path = |name: &str| authority.dir.path().join(name);
+    let files = Identity { certificate: path("self.crt"), key: path("self.key") };
+    let certificate = params.self_signed(&key).expect("signed").pem();
+    std::fs::write(&files.certificate, certificate).expect("write");
+    std::fs::write(&files.key, key.serialize_pem()).expect("write");
+    let itself = serve(Some(tls::ServerCertificate::for_http(&files, None).expect("server")));
+    assert_eq!(tls_fault(&itself, client.clone()).await, TlsFault::AuthorityItself);
     let plain = serve(None);
     assert_eq!(tls_fault(&plain, client).await, TlsFault::NotTls);
 }

@@ -126,7 +126,7 @@ fn a_certificate_of_an_unknown_authority_is_named_and_nothing_is_lost() {
         |_, folder| {
             Certificates::make(folder);
         },
-        &["the server's certificate comes from an unknown authority", "--ca"],
+        &["the server's certificate is signed by no authority in", "trusted.pem"],
     );
 }
 
@@ -216,7 +216,7 @@ fn a_replaced_ca_is_trusted_without_a_restart() {
     fs::create_dir(&other).expect("a folder");
     Authority::new(&other).sign(&folder, "localhost", |_| {});
     receiver.restart();
-    sender.wait_for_log("the server's certificate comes from an unknown authority");
+    sender.wait_for_log("the server's certificate is signed by no authority in");
     // A broken file is named, and trusts nobody new.
     bench.write("trusted.pem", "rubbish");
     sender.wait_for_log("the TLS files known before are used on");

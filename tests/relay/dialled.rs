@@ -365,7 +365,7 @@ fn a_certificate_for_another_name_gets_no_token() {
 
 #[test]
 fn a_certificate_of_an_unknown_authority_gets_no_token() {
-    impostor("the server's certificate comes from an unknown authority", |reversed| {
+    impostor("the server's certificate is signed by no authority in", |reversed| {
         Certificates::make(&reversed.bench.path("impostor"));
     });
 }

@@ -40,6 +40,9 @@ fn json_is_an_object_per_line() {
         for line in &parsed {
             let text = |key: &str| line[key].as_str().is_some_and(|text| !text.is_empty());
             assert!(text("timestamp") && text("level") && text("message"), "{line}");
+            let is_quoted =
+                |value: &Value| value.as_str().is_some_and(|text| text.starts_with('"'));
+            assert!(!line.as_object().expect("an object").values().any(is_quoted), "{line}");
         }
     }
 }

@@ -19,6 +19,7 @@ mod elasticsearch;
 mod examples;
 mod files;
 mod files_model;
+mod first_steps;
 mod fleet;
 mod fronts;
 mod http_intake;

@@ -57,7 +57,9 @@ async fn dialled(report: &mut Report, sender: &DialledSender) -> io::Result<()> 
         Err(error) => return report.fail("tls", of, error.to_string()),
     };
     let mut steps = Steps::default();
-    let reached = reach(endpoint, tls, receiver::TIMEOUT, &mut steps).await;
+    let reached = reach(endpoint, tls, receiver::TIMEOUT, &mut steps)
+        .await
+        .map_err(|error| error.trusting(ca.as_deref()));
     if receiver::way(report, endpoint, &steps, reached.as_ref().err())? {
         let message = "not tried: it would take over from a receiver that runs";
         report.skip("upgrade", of, message)?;

@@ -38,7 +38,9 @@ pub(super) async fn check(
     };
     let offer = Offer::new(token.trim(), SUBPROTOCOL);
     let mut steps = Steps::default();
-    let connected = connect_noting(endpoint, tls, &offer, TIMEOUT, &mut steps).await;
+    let connected = connect_noting(endpoint, tls, &offer, TIMEOUT, &mut steps)
+        .await
+        .map_err(|error| error.trusting(dial.ca.as_deref()));
     told(report, endpoint, &steps, connected.as_ref().err())?;
     if let Ok(socket) = connected {
         types(report, of, steps.types.as_deref(), &config.sources)?;

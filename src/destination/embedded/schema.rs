@@ -10,7 +10,10 @@ use std::time::Duration;
 
 use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior};
 use thiserror::Error;
+use tracing::info;
 use uuid::Uuid;
+
+use crate::record::escape_path;
 
 /// `application_id` in the file's header: "Wybl". `file` and we tell a store by it.
 const APPLICATION_ID: i32 = 0x5779_626c;
@@ -197,7 +200,15 @@ fn create_file(path: &Path) -> io::Result<()> {
     if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
         create_folder(folder)?;
     }
-    OpenOptions::new().append(true).create(true).mode(0o640).open(path).map(drop)
+    match OpenOptions::new().append(true).create_new(true).mode(0o640).open(path) {
+        // A path that was mistyped shows here.
+        Ok(_) => info!(store = %escape_path(path), "created: there was no store here"),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            OpenOptions::new().append(true).open(path)?;
+        }
+        Err(error) => return Err(error),
+    }
+    Ok(())
 }
 
 /// Makes a folder and those above it, each durably: a store whose folder is gone after a power cut

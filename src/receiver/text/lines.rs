@@ -107,7 +107,9 @@ struct Answer<'a> {
 impl Lines {
     pub fn new(sender: Sender, origin: Origin, terms: Arc<Terms>, today: Day) -> Lines {
         info!(
-            sender = ?sender.name, r#type = origin.type_name.as_str(), host = ?origin.host,
+            sender = sender.name,
+            r#type = origin.type_name.as_str(),
+            host = origin.host,
             "text client connected"
         );
         let current = Current::open(0, &sender, &origin, &terms, today);
@@ -200,7 +202,7 @@ impl Lines {
 
     fn refuse(&mut self, reason: String) {
         if self.refused == 0 {
-            warn!(sender = ?self.sender.name, ?reason, "a line is refused, and its client is told");
+            warn!(sender = self.sender.name, reason, "a line is refused, and its client is told");
         }
         self.refused += 1;
         self.answered(Outcome::Refused(reason));

@@ -264,6 +264,10 @@ impl Follower {
                 hints.watch(folder);
             }
             let swept = self.sources[number].sweep();
+            let nothing = swept.paths.iter().all(|path| path.is_dir());
+            if nothing && swept.unreadable.is_empty() {
+                self.complain_of_nothing(&pattern);
+            }
             for (folder, error) in swept.unreadable {
                 self.complain_of_folder(&pattern, &folder, error);
             }
@@ -440,6 +444,18 @@ impl Follower {
     fn complain_of_folder(&mut self, pattern: &str, folder: &Path, error: io::Error) {
         let named = watched_folder(pattern) == Some(folder);
         self.complain(folder, OpenError::from(error).to_string(), named);
+    }
+
+    /// Says, once, that a pattern names no file: it may be mistyped.
+    fn complain_of_nothing(&mut self, pattern: &str) {
+        if self.complaints.insert(PathBuf::from(pattern), String::new()).is_some() {
+            return;
+        }
+        if self.context.config.once {
+            warn!(pattern, "no file matches this pattern: nothing is sent for it");
+        } else {
+            info!(pattern, "no file matches this pattern yet: files that come are followed");
+        }
     }
 
     /// Says what is wrong with a path, once.

@@ -160,6 +160,8 @@ struct Segment {
     /// On the current link.
     handle: Option<u32>,
     refused: bool,
+    /// No receiver can have accepted it: each that it was declared to refused it.
+    untried: bool,
     /// How many bytes the next read asks for.
     want: usize,
     /// Kept where there is a chain key.
@@ -172,8 +174,18 @@ impl Segment {
         let window = Window::new(position, entry.row.end);
         let before = origin.before(position)?;
         let want = FRAME_BYTES_TARGET;
-        let lasts = Lasts::default();
-        Ok(Segment { entry, window, progress, before, handle: None, refused: false, want, lasts })
+        Ok(Segment {
+            // It is completed, durably, before it is declared for the first time.
+            untried: entry.row.sender.is_none(),
+            entry,
+            window,
+            progress,
+            before,
+            handle: None,
+            refused: false,
+            want,
+            lasts: Lasts::default(),
+        })
     }
 
     fn id(&self) -> SegmentId {
@@ -241,6 +253,10 @@ impl Stream {
             self.forget().await;
         }
         let seen = frontier.max(self.size_seen.unwrap_or(0));
+        // What is lost is reported as such.
+        let is_over = matches!(end, End::Done | End::Lost);
+        let left = if is_over { 0 } else { self.reach().saturating_sub(position) };
+        self.context.note_left(self.run, left);
         let counters = self.attributes.counters.clone();
         Ended { run: self.run, end, path, position, seen, stamp, counters }
     }
@@ -304,6 +320,7 @@ impl Stream {
         let _ = self.mailbox.take();
         for segment in &mut self.segments {
             segment.window.disconnected();
+            segment.untried &= segment.handle.is_none() || segment.refused;
             segment.handle = None;
             segment.refused = false;
         }
@@ -427,6 +444,11 @@ impl Stream {
     /// Tells the metrics how far the run reaches, and how far it is receipted.
     fn note_lag(&self) {
         let position = self.segments.front().map_or(0, |segment| segment.window.position());
+        self.lag.set(self.reach(), position, Instant::now());
+    }
+
+    /// How far the run reaches, as far as that is known.
+    fn reach(&self) -> u64 {
         let frontier = self.segments.back().map_or(0, |segment| segment.window.frontier());
         let end = match self.origin.as_deref() {
             Some(Origin::Spool { spool, segment }) => spool.end_of(*segment),
@@ -435,7 +457,7 @@ impl Stream {
             Some(Origin::File(file)) if file.tail.is_compressed() => None,
             Some(Origin::File(_)) | None => self.size_seen,
         };
-        self.lag.set(end.unwrap_or(0).max(frontier), position, Instant::now());
+        end.unwrap_or(0).max(frontier)
     }
 
     /// Tells the state how far every segment has come.
@@ -537,7 +559,7 @@ impl Stream {
             return None;
         }
         let front = self.segments.front()?;
-        error!(path = %front.entry.row.path, position = front.window.position(), %index, ?reason,
+        error!(path = %front.entry.row.whence(), position = front.window.position(), %index, reason,
             "gave up: the index refuses lines; mend it, and the next run sends them again");
         Some(End::Failed)
     }

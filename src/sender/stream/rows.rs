@@ -56,6 +56,13 @@ impl Stream {
                 dropped.push(entry.row.segment);
                 continue;
             }
+            if entry.refused && !attributes.agree(&entry.row) {
+                info!(path = %entry.row.whence(), former_type = entry.row.type_name.as_str(),
+                    "refused under the former settings: sent under those of now");
+                dropped.push(entry.row.segment);
+                entry = attributes.replaced(&entry, progress.position.max(entry.row.start));
+                changed.push(entry.clone());
+            }
             segments.push_back(Segment::new(entry, progress, &mut origin)?);
         }
         let (size_seen, changed_at) = match &origin {
@@ -194,7 +201,7 @@ impl Stream {
             _ => Progress::at_start(&entry.row, 0),
         };
         let mut segment = Segment::new(entry.clone(), progress, origin)?;
-        segment.before = segment_before;
+        (segment.before, segment.untried) = (segment_before, true);
         changed.push(entry);
         self.context.state.commit(&changed.iter().collect::<Vec<_>>(), &dropped)?;
         self.context.state.set_progress(segment.id(), segment.progress.clone());
@@ -212,7 +219,7 @@ impl Stream {
             let foreign = segment.entry.row.sender.is_some_and(|sender| sender != welcome.sender);
             let mut entry = segment.entry.clone();
             if foreign {
-                warn!(path = %entry.row.path, "the token is another sender's: what was sent under \
+                warn!(path = %entry.row.whence(), "the token is another sender's: what was sent under \
                     the old one and has no receipt is sent anew");
                 dropped.push(segment.id());
                 entry = entry.renewed(segment.window.position());
@@ -235,6 +242,7 @@ impl Stream {
                 let progress =
                     Progress { position: segment.window.position(), ..segment.progress.clone() };
                 *segment = Segment::new(entry, progress, origin)?;
+                segment.untried = true;
                 self.context.state.set_progress(segment.id(), segment.progress.clone());
             }
         }
@@ -251,7 +259,7 @@ impl Stream {
     /// Records, durably, that the last line ends here without a newline.
     pub(super) async fn cut(&mut self, number: usize, at: u64) -> io::Result<()> {
         let mut entry = self.segments[number].entry.clone();
-        info!(path = %entry.row.path, offset = at, "last line without a newline");
+        info!(path = %entry.row.whence(), offset = at, "last line without a newline");
         entry.row.cuts.push(at);
         self.commit(vec![entry.clone()], Vec::new()).await?;
         self.segments[number].entry = entry;

@@ -11,7 +11,7 @@ use tracing::{debug, error, warn};
 
 use super::{DISK_RETRY, End, Refusal, Step, Stream};
 use crate::protocol::{
-    Control, FRAME_BYTES_MAX, FRAME_BYTES_TARGET, Open, Receipt, Refused, Verdict,
+    Control, FRAME_BYTES_MAX, FRAME_BYTES_TARGET, Open, Receipt, RefusalCode, Refused, Verdict,
 };
 use crate::sender::link::{Letter, Link};
 use crate::sender::origin::{Framed, Read, Request};
@@ -91,7 +91,7 @@ impl Stream {
             }
             Ok(other) => self.nothing_to_send(number, &request, other).await,
             Err(error) => {
-                let path = &self.segments[number].entry.row.path;
+                let path = self.segments[number].entry.row.whence();
                 warn!(%path, %error, "cannot be read: it is tried again");
                 self.failed = true;
                 self.retry_at = Some(Instant::now() + DISK_RETRY);
@@ -192,7 +192,7 @@ impl Stream {
             Read::Disagrees => return Step::Ends(End::Lost),
             Read::Needs(bytes) => self.segments[number].want = bytes,
             Read::Nul { to } => {
-                debug!(path = %self.segments[number].entry.row.path, from, to, "NUL bytes skipped");
+                debug!(path = %self.segments[number].entry.row.whence(), from, to, "NUL bytes skipped");
                 self.pass_over(number, to).await;
             }
             Read::Lost { to } => {
@@ -236,7 +236,7 @@ impl Stream {
             return;
         }
         let segment = &self.segments[number];
-        error!(path = %segment.entry.row.path, from = segment.window.frontier(),
+        error!(path = %segment.entry.row.whence(), from = segment.window.frontier(),
             "not sent: the file goes on past 1 TiB (2^40 bytes), where lines have no ids; rotate \
              it, and what its successor holds is sent");
     }
@@ -255,7 +255,7 @@ impl Stream {
 
     pub(super) fn report_loss(&self, number: usize, from: u64, to: u64, why: &str) {
         let row = &self.segments[number].entry.row;
-        error!(path = %row.path, segment = %row.segment, from, to, bytes = to - from, "lost: {why}");
+        error!(path = %row.whence(), segment = %row.segment, from, to, bytes = to - from, "lost: {why}");
         self.attributes.counters.lost_bytes.add(to - from);
     }
 
@@ -287,7 +287,7 @@ impl Stream {
         for letter in letters {
             match letter {
                 Letter::Receipt(receipt) => self.receipt(link, &receipt).await,
-                Letter::Refused(refused) => self.refused(link, &refused),
+                Letter::Refused(refused) => self.refused(link, &refused).await,
             }
         }
         self.note_progress();
@@ -312,12 +312,12 @@ impl Stream {
         for run in &receipt.runs {
             match &run.verdict {
                 Verdict::Parked { reason } => warn!(
-                    path = %segment.entry.row.path, before = run.to, lines = run.lines, ?reason,
+                    path = %segment.entry.row.whence(), before = run.to, lines = run.lines, reason,
                     "parked: the lines lie in the dead letter under their own ids"
                 ),
                 Verdict::Deferred { reason, after, index } => {
                     counters.deferred.add(run.lines);
-                    self.context.deferrals.say(&segment.entry.row.path, reason, *after);
+                    self.context.deferrals.say(segment.entry.row.whence(), reason, *after);
                     // A stale receipt changes nothing.
                     if let Some(index) = index.as_ref().filter(|_| counted.credit > 0) {
                         let until = Instant::now();
@@ -342,18 +342,35 @@ impl Stream {
         }
     }
 
-    fn refused(&mut self, link: &Link, refused: &Refused) {
+    async fn refused(&mut self, link: &Link, refused: &Refused) {
         let handle = Some(refused.handle);
-        let Some(segment) = self.segments.iter_mut().find(|s| s.handle == handle) else { return };
-        if !segment.refused {
-            error!(path = %segment.entry.row.path, segment = %segment.entry.row.segment,
-                code = ?refused.code, "the receiver refuses these lines: {}", refused.reason);
-        }
+        let Some(number) = self.segments.iter().position(|s| s.handle == handle) else { return };
+        let segment = &mut self.segments[number];
         // Its frames are dropped unread: their credit comes back.
         let (credit, frames) = segment.window.outstanding();
         link.credit.add_permits(credit as usize);
         link.frames.add_permits(frames as usize);
         segment.window.disconnected();
-        segment.refused = true;
+        if std::mem::replace(&mut segment.refused, true) {
+            return;
+        }
+        let advice = match (refused.code, segment.untried) {
+            (RefusalCode::Type, true) => {
+                "; or give another type here (--type) and start again, which sends these lines under it"
+            }
+            (RefusalCode::Type, false) => "; these lines keep the type under which they began",
+            _ => "",
+        };
+        error!(path = %segment.entry.row.whence(), segment = %segment.entry.row.segment,
+            code = %refused.code, "the receiver refuses these lines: {}{advice}", refused.reason);
+        if !segment.untried || segment.entry.refused {
+            return;
+        }
+        let entry = segment.entry.as_refused();
+        match self.commit(vec![entry.clone()], Vec::new()).await {
+            Ok(()) => self.segments[number].entry = entry,
+            // Then it keeps what it was declared with.
+            Err(error) => warn!(%error, "the state directory cannot be written"),
+        }
     }
 }
