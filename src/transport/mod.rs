@@ -5,6 +5,7 @@
 //! message than [`crate::protocol::MESSAGE_BYTES_MAX`] (I7).
 
 mod connect;
+mod fault;
 mod heartbeat;
 mod listen;
 mod proxy;
@@ -13,7 +14,8 @@ mod retry;
 mod socket;
 mod stream;
 
-pub use connect::{ConnectError, Offer, Steps, TlsFault, connect, connect_noting, reach};
+pub use connect::{Offer, Steps, connect, connect_noting, reach};
+pub use fault::{ConnectError, TlsFault};
 pub use heartbeat::{Beat, Heartbeat};
 pub use listen::{BindError, Listener};
 pub use request::{Answer, Handler, Peer, Refuse, Request};

@@ -7,7 +7,8 @@ use hyper::{Method, Request};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 
-use super::connect::{AGENT, ConnectError, HEADER_BYTES_MAX, excerpt};
+use super::connect::{AGENT, HEADER_BYTES_MAX, excerpt};
+use super::fault::ConnectError;
 use crate::config::Proxy;
 
 /// Asks a proxy, over a fresh connection to it, for a tunnel to `host` and `port`; the proxy
