@@ -424,18 +424,22 @@ impl Stream {
         Work::Wait(due)
     }
 
-    /// Tells the metrics how far the run reaches, and how far it is receipted.
-    fn note_lag(&self) {
-        let position = self.segments.front().map_or(0, |segment| segment.window.position());
-        let frontier = self.segments.back().map_or(0, |segment| segment.window.frontier());
-        let end = match self.origin.as_deref() {
+    /// How far the run reaches.
+    fn end(&self) -> Option<u64> {
+        match self.origin.as_deref() {
             Some(Origin::Spool { spool, segment }) => spool.end_of(*segment),
             Some(Origin::Kept(_)) => self.kept.as_ref().map(Kept::until),
             // Of a compressed file it is not known before it is read.
             Some(Origin::File(file)) if file.tail.is_compressed() => None,
             Some(Origin::File(_)) | None => self.size_seen,
-        };
-        self.lag.set(end.unwrap_or(0).max(frontier), position, Instant::now());
+        }
+    }
+
+    /// Tells the metrics how far the run reaches, and how far it is receipted.
+    fn note_lag(&self) {
+        let position = self.segments.front().map_or(0, |segment| segment.window.position());
+        let frontier = self.segments.back().map_or(0, |segment| segment.window.frontier());
+        self.lag.set(self.end().unwrap_or(0).max(frontier), position, Instant::now());
     }
 
     /// Tells the state how far every segment has come.
