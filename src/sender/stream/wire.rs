@@ -2,7 +2,6 @@
 
 use std::io;
 use std::panic::resume_unwind;
-use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use tokio::sync::SemaphorePermit;
@@ -27,6 +26,7 @@ enum Permits<'a> {
     Granted(Granted<'a>),
     Interrupted,
     LinkGone,
+    Ends(End),
 }
 
 /// What a frame needs.
@@ -76,10 +76,12 @@ impl Stream {
                 request.to = [request.to, cut].into_iter().flatten().min();
             }
         }
-        let Granted { _turn, frame, mut credit } = match self.permits(link, &request).await {
+        let Granted { _turn, frame, mut credit } = match self.permits(link, number, &request).await
+        {
             Permits::Granted(granted) => granted,
             Permits::Interrupted => return Step::Goes,
             Permits::LinkGone => return Step::LinkGone,
+            Permits::Ends(end) => return Step::Ends(end),
         };
         match self.read(request.clone()).await {
             Ok(Read::Framed(framed)) => {
@@ -124,9 +126,16 @@ impl Stream {
         }
     }
 
-    /// Waits for a frame's credit, reading letters meanwhile. That may take as long as the
-    /// destination is away, so that a stop and a change of the file interrupt it.
-    async fn permits<'a>(&mut self, link: &'a Link, request: &Request) -> Permits<'a> {
+    /// Waits for a frame's credit, reading letters and looking at the file meanwhile. That may take as
+    /// long as the destination is away, so that a stop interrupts it, and whatever makes the request
+    /// another one; a file that only grows keeps its place, or one that is written all the time would
+    /// never come to the front.
+    async fn permits<'a>(
+        &mut self,
+        link: &'a Link,
+        number: usize,
+        request: &Request,
+    ) -> Permits<'a> {
         let (want, has_much) = (request.want, self.has_much(request));
         let acquire = async {
             let _turn = match has_much {
@@ -139,6 +148,7 @@ impl Stream {
         };
         tokio::pin!(acquire);
         let stopping = self.context.stopping.clone();
+        let (id, end) = (self.segments[number].id(), self.segments[number].entry.row.end);
         loop {
             tokio::select! {
                 biased;
@@ -150,7 +160,13 @@ impl Stream {
                 () = link.draining.cancelled() => return Permits::Interrupted,
                 () = self.mailbox.wake.notified() => {
                     self.read_letters_on(link).await;
-                    if self.flags.look.load(Ordering::Relaxed) {
+                    if let Some(end) = self.look().await {
+                        return Permits::Ends(end);
+                    }
+                    let is_same = self.segments.get(number).is_some_and(|segment| {
+                        segment.id() == id && segment.entry.row.end == end && !segment.refused
+                    });
+                    if !is_same {
                         return Permits::Interrupted;
                     }
                 }
