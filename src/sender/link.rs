@@ -19,6 +19,9 @@ use crate::transport::Outgoing;
 /// Messages between streams and the socket: enough to keep it busy, few enough to stay small.
 const OUTGOING_MAX: usize = 4;
 
+/// Streams with much to send that wait for credit or for the socket at a time, likewise.
+const TURNS_MAX: usize = 4;
+
 /// A connection on which lines can be sent.
 #[derive(Debug)]
 pub struct Link {
@@ -30,6 +33,9 @@ pub struct Link {
     pub credit: Semaphore,
     /// Frames that may still be sent.
     pub frames: Semaphore,
+    /// What a stream with much to send holds for each frame, from before its credit until it is on
+    /// its way. So who has little to send waits for the frames of a few, however many they are.
+    pub turns: Semaphore,
     /// Whether frames are compressed.
     pub compress: bool,
     /// Cancelled when the connection is gone.
@@ -117,6 +123,7 @@ impl Link {
         let link = Link {
             credit: Semaphore::new(credit as usize),
             frames: Semaphore::new(frames.clamp(1, Semaphore::MAX_PERMITS)),
+            turns: Semaphore::new(TURNS_MAX),
             compress: compress && welcome.features.iter().any(|feature| feature == "zstd"),
             closed: CancellationToken::new(),
             draining: CancellationToken::new(),

@@ -17,6 +17,7 @@ mod dialled;
 mod disk;
 mod elasticsearch;
 mod examples;
+mod fairness;
 mod files;
 mod files_model;
 mod first_steps;

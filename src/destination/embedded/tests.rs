@@ -78,17 +78,23 @@ fn segment(framing: Framing) -> Segment {
 }
 
 /// One segment, and the inbox for its receipts.
-struct Peer {
-    segment: Arc<Segment>,
+pub(in crate::destination) struct Peer {
+    pub(in crate::destination) segment: Arc<Segment>,
     inbox: Arc<Inbox>,
 }
 
 impl Peer {
-    fn new(framing: Framing) -> Peer {
+    pub(in crate::destination) fn new(framing: Framing) -> Peer {
         Peer { segment: Arc::new(segment(framing)), inbox: Arc::default() }
     }
 
-    fn frame(&self, offset: u64, records: impl Into<Bytes>) -> Frame {
+    /// Makes it a segment of another one's sender.
+    pub(in crate::destination) fn of_sender(&mut self, other: &Peer) {
+        let (row, sender) = (self.segment.row.clone(), other.segment.sender);
+        self.segment = Arc::new(Segment::new(row, sender, "web1".to_owned(), "test".to_owned()));
+    }
+
+    pub(in crate::destination) fn frame(&self, offset: u64, records: impl Into<Bytes>) -> Frame {
         let permit = Arc::new(Semaphore::new(1)).try_acquire_owned().expect("a permit");
         Frame {
             segment: Arc::clone(&self.segment),

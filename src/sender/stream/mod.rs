@@ -441,23 +441,27 @@ impl Stream {
         Work::Wait(due)
     }
 
-    /// Tells the metrics how far the run reaches, and how far it is receipted.
-    fn note_lag(&self) {
-        let position = self.segments.front().map_or(0, |segment| segment.window.position());
-        self.lag.set(self.reach(), position, Instant::now());
-    }
-
-    /// How far the run reaches, as far as that is known.
-    fn reach(&self) -> u64 {
-        let frontier = self.segments.back().map_or(0, |segment| segment.window.frontier());
-        let end = match self.origin.as_deref() {
+    /// Where the run ends, as far as that is known.
+    fn end(&self) -> Option<u64> {
+        match self.origin.as_deref() {
             Some(Origin::Spool { spool, segment }) => spool.end_of(*segment),
             Some(Origin::Kept(_)) => self.kept.as_ref().map(Kept::until),
             // Of a compressed file it is not known before it is read.
             Some(Origin::File(file)) if file.tail.is_compressed() => None,
             Some(Origin::File(_)) | None => self.size_seen,
-        };
-        end.unwrap_or(0).max(frontier)
+        }
+    }
+
+    /// How far the run is known to reach.
+    fn reach(&self) -> u64 {
+        let frontier = self.segments.back().map_or(0, |segment| segment.window.frontier());
+        self.end().unwrap_or(0).max(frontier)
+    }
+
+    /// Tells the metrics how far the run reaches, and how far it is receipted.
+    fn note_lag(&self) {
+        let position = self.segments.front().map_or(0, |segment| segment.window.position());
+        self.lag.set(self.reach(), position, Instant::now());
     }
 
     /// Tells the state how far every segment has come.

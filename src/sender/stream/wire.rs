@@ -2,7 +2,6 @@
 
 use std::io;
 use std::panic::resume_unwind;
-use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use tokio::sync::SemaphorePermit;
@@ -20,10 +19,22 @@ use crate::sender::rows::complete;
 use crate::sender::window::{Finished, Next};
 use crate::transport::Outgoing;
 
+/// Who has no more than this to send takes no turn: far less than a frame, so that many may.
+const MUCH_BYTES: u64 = 32 << 10;
+
 enum Permits<'a> {
-    Granted { frame: SemaphorePermit<'a>, credit: SemaphorePermit<'a> },
+    Granted(Granted<'a>),
     Interrupted,
     LinkGone,
+    Ends(End),
+}
+
+/// What a frame needs.
+struct Granted<'a> {
+    /// Given back once the frame is on its way.
+    _turn: Option<SemaphorePermit<'a>>,
+    frame: SemaphorePermit<'a>,
+    credit: SemaphorePermit<'a>,
 }
 
 impl Stream {
@@ -65,10 +76,12 @@ impl Stream {
                 request.to = [request.to, cut].into_iter().flatten().min();
             }
         }
-        let (frame, mut credit) = match self.permits(link, request.want).await {
-            Permits::Granted { frame, credit } => (frame, credit),
+        let Granted { _turn, frame, mut credit } = match self.permits(link, number, &request).await
+        {
+            Permits::Granted(granted) => granted,
             Permits::Interrupted => return Step::Goes,
             Permits::LinkGone => return Step::LinkGone,
+            Permits::Ends(end) => return Step::Ends(end),
         };
         match self.read(request.clone()).await {
             Ok(Read::Framed(framed)) => {
@@ -113,34 +126,57 @@ impl Stream {
         }
     }
 
-    /// Waits for a frame's credit, reading letters meanwhile. That may take as long as the
-    /// destination is away, so that a stop and a change of the file interrupt it.
-    async fn permits<'a>(&mut self, link: &'a Link, want: usize) -> Permits<'a> {
+    /// Waits for a frame's credit, reading letters and looking at the file meanwhile. That may take as
+    /// long as the destination is away, so that a stop interrupts it, and whatever makes the request
+    /// another one; a file that only grows keeps its place, or one that is written all the time would
+    /// never come to the front.
+    async fn permits<'a>(
+        &mut self,
+        link: &'a Link,
+        number: usize,
+        request: &Request,
+    ) -> Permits<'a> {
+        let (want, has_much) = (request.want, self.has_much(request));
         let acquire = async {
+            let _turn = match has_much {
+                true => Some(link.turns.acquire().await.ok()?),
+                false => None,
+            };
             let frame = link.frames.acquire().await.ok()?;
             let credit = link.credit.acquire_many(want as u32).await.ok()?;
-            Some((frame, credit))
+            Some(Granted { _turn, frame, credit })
         };
         tokio::pin!(acquire);
         let stopping = self.context.stopping.clone();
+        let (id, end) = (self.segments[number].id(), self.segments[number].entry.row.end);
         loop {
             tokio::select! {
                 biased;
                 () = link.closed.cancelled() => return Permits::LinkGone,
                 () = stopping.cancelled() => return Permits::Interrupted,
-                permits = &mut acquire => return match permits {
-                    Some((frame, credit)) => Permits::Granted { frame, credit },
-                    None => Permits::LinkGone,
-                },
+                granted = &mut acquire => {
+                    return granted.map_or(Permits::LinkGone, Permits::Granted);
+                }
                 () = link.draining.cancelled() => return Permits::Interrupted,
                 () = self.mailbox.wake.notified() => {
                     self.read_letters_on(link).await;
-                    if self.flags.look.load(Ordering::Relaxed) {
+                    if let Some(end) = self.look().await {
+                        return Permits::Ends(end);
+                    }
+                    let is_same = self.segments.get(number).is_some_and(|segment| {
+                        segment.id() == id && segment.entry.row.end == end && !segment.refused
+                    });
+                    if !is_same {
                         return Permits::Interrupted;
                     }
                 }
             }
         }
+    }
+
+    /// Whether there is more to send than a few lines, as far as that is known.
+    fn has_much(&self, request: &Request) -> bool {
+        self.end().is_none_or(|end| end > request.from + MUCH_BYTES)
     }
 
     async fn read(&mut self, request: Request) -> io::Result<Read> {

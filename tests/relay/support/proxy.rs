@@ -45,6 +45,8 @@ struct Script {
 struct Hold {
     on: bool,
     waiting: usize,
+    /// Requests that may pass all the same.
+    passes: usize,
 }
 
 impl Proxy {
@@ -90,6 +92,12 @@ impl Proxy {
         self.script.holding().waiting
     }
 
+    /// One of those that are held is passed on, or else the next one that comes.
+    pub fn pass_one(&self) {
+        self.script.holding().passes += 1;
+        self.script.released.notify_one();
+    }
+
     /// What was held is passed on, and all that follows.
     pub fn release(&self) {
         self.script.holding().on = false;
@@ -114,9 +122,10 @@ impl Script {
     fn wait_while_held(&self) {
         let mut hold = self.holding();
         hold.waiting += 1;
-        while hold.on {
+        while hold.on && hold.passes == 0 {
             hold = self.released.wait(hold).unwrap_or_else(PoisonError::into_inner);
         }
+        hold.passes = hold.passes.saturating_sub(1);
         hold.waiting -= 1;
     }
 

@@ -471,7 +471,8 @@ async fn a_document_that_breaks_every_request_does_not_keep_the_slot() {
         }
         let documents = request.documents();
         if poison.is_empty() {
-            poison = documents[3].1.clone();
+            let mut its = documents.iter().filter(|(index, _)| index == "a");
+            poison = its.nth(3).map(|(_, id)| id.clone()).unwrap_or_default();
         }
         match documents.iter().any(|(index, id)| index == "a" && *id == poison) {
             true => Answer::Json(500, json!({ "error": { "type": "bug" } })),
