@@ -71,7 +71,7 @@ Ships the lines of files and sockets to a receiver and waits for one receipt per
 
 The log file itself is the buffer: what is not receipted yet is sent again after a broken connection \
 or a restart, under the same document id, so that nothing is lost and nothing is there twice. Runs \
-until SIGTERM or Ctrl-C; then it stops reading, drains, and ends with 0.")]
+until SIGTERM or Ctrl-C; then it stops reading, drains, and ends with 0 (with --once: with 1).")]
 #[command(after_long_help = "\
 Examples:
   Follow one file:
@@ -510,7 +510,7 @@ pub struct Token {
     long_about = "Finds lines in the embedded store, or in Elasticsearch where that is named."
 )]
 #[command(after_long_help = "\
-A query is words, all of which must be there; \"a phrase\" in quotes; and field:value. A '-' before any of \
+A query is words, all of which must be there (whole words, no wildcards); \"a phrase\" in quotes; and field:value. A '-' before any of \
 them leaves out what has it; a query that starts with one goes behind '--'.
 
 Examples:
@@ -532,16 +532,16 @@ pub struct Search {
     #[arg(long, value_name = "PATTERN", value_parser = value::index_rule, default_value = crate::record::DEFAULT_RULE, help_heading = "Elasticsearch")]
     pub index: IndexRule,
     /// Lines at this time or later: 2026-11-21T10:00:00Z, 2026-11-21, or 2h for two hours ago
-    #[arg(long, value_name = "TIME")]
+    #[arg(long, value_name = "TIME", help_heading = "Which lines, and how")]
     pub after: Option<String>,
     /// Lines before this time, in the same forms
-    #[arg(long, value_name = "TIME")]
+    #[arg(long, value_name = "TIME", help_heading = "Which lines, and how")]
     pub before: Option<String>,
     /// Most lines to show, the newest
-    #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..), help_heading = "Which lines, and how")]
     pub limit: u32,
     /// One whole JSON document per line
-    #[arg(long)]
+    #[arg(long, help_heading = "Which lines, and how")]
     pub json: bool,
 }
 
@@ -566,13 +566,13 @@ pub struct Setup {
     #[command(flatten)]
     pub elasticsearch: Elasticsearch,
     /// The receiver's index pattern
-    #[arg(long, value_name = "PATTERN", value_parser = value::index_rule, default_value = crate::record::DEFAULT_RULE)]
+    #[arg(long, value_name = "PATTERN", value_parser = value::index_rule, default_value = crate::record::DEFAULT_RULE, help_heading = "What is made")]
     pub index: IndexRule,
     /// The receiver's dead-letter index
-    #[arg(long, value_name = "INDEX", value_parser = value::index_name, default_value = crate::config::DEAD_LETTER_INDEX)]
+    #[arg(long, value_name = "INDEX", value_parser = value::index_name, default_value = crate::config::DEAD_LETTER_INDEX, help_heading = "What is made")]
     pub dead_letter_index: String,
     /// Ask no server; print the requests for an administrator
-    #[arg(long)]
+    #[arg(long, help_heading = "What is made")]
     pub print: bool,
 }
 
@@ -597,12 +597,12 @@ pub struct Demo {
     #[command(flatten)]
     pub elasticsearch: Elasticsearch,
     /// Folder for everything the demo makes, new or empty [default: one under /tmp]
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", help_heading = "What the demo does")]
     pub keep: Option<PathBuf>,
     /// How many lines the demo writes
-    #[arg(long, value_name = "N", default_value_t = 1200, value_parser = clap::value_parser!(u32).range(30..=1_000_000))]
+    #[arg(long, value_name = "N", default_value_t = 1200, value_parser = clap::value_parser!(u32).range(30..=1_000_000), help_heading = "What the demo does")]
     pub lines: u32,
     /// How long it takes to write them
-    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=600))]
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=600), help_heading = "What the demo does")]
     pub seconds: u32,
 }

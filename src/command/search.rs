@@ -37,6 +37,7 @@ async fn run_with(
     ask: impl AsyncFnOnce(&ElasticsearchConfig, &str, Value) -> anyhow::Result<Value>,
 ) -> anyhow::Result<Exit> {
     let query = Query::new(&args, Timestamp::now())?;
+    let limit = args.limit;
     let answer = match args.target {
         SearchTarget::Store(path) => {
             tokio::task::spawn_blocking(move || embedded::search(&path, &query))
@@ -48,11 +49,11 @@ async fn run_with(
             from_elasticsearch(&ask(&config, &index, body).await?)?
         }
     };
-    print(&answer, args.json).context("cannot write the lines found")?;
+    print(&answer, limit, args.json).context("cannot write the lines found")?;
     Ok(if answer.hits.is_empty() { Exit::Failed } else { Exit::Done })
 }
 
-fn print(answer: &Answer, json: bool) -> io::Result<()> {
+fn print(answer: &Answer, limit: usize, json: bool) -> io::Result<()> {
     if json {
         let mut out = io::BufWriter::new(io::stdout().lock());
         render::write_json(&answer.hits, &mut out)?;
@@ -62,7 +63,7 @@ fn print(answer: &Answer, json: bool) -> io::Result<()> {
         render::write_lines(&answer.hits, &mut out)?;
         out.flush()?;
     }
-    writeln!(anstream::stderr(), "{}", render::summary(answer))
+    writeln!(anstream::stderr(), "{}", render::summary(answer, limit))
 }
 
 #[cfg(test)]

@@ -51,7 +51,9 @@ pub fn write_json(hits: &[Hit], out: &mut impl Write) -> io::Result<()> {
 }
 
 /// What was found, in one line, and how to see more.
-pub fn summary(answer: &Answer) -> String {
+///
+/// `limit` is how many lines were asked for at most.
+pub fn summary(answer: &Answer, limit: usize) -> String {
     let shown = answer.hits.len() as u64;
     let lines =
         |count: u64| if count == 1 { "1 line".to_owned() } else { format!("{count} lines") };
@@ -64,6 +66,7 @@ pub fn summary(answer: &Answer) -> String {
                 lines(total)
             )
         }
+        (_, false) if answer.hits.len() < limit => format!("{} found", lines(shown)),
         (total, false) => format!(
             "more than {} found, the newest {shown} shown; see more with a larger --limit or narrow \
              the search with --after and --before",
@@ -203,17 +206,14 @@ mod tests {
     #[test]
     fn the_summary_says_how_to_see_more() {
         let answer = |shown: usize, total, total_is_exact| {
-            summary(&Answer {
-                hits: vec![hit("{}"); shown],
-                total,
-                total_is_exact,
-                incomplete: None,
-            })
+            let hits = vec![hit("{}"); shown];
+            summary(&Answer { hits, total, total_is_exact, incomplete: None }, 3)
         };
         assert_eq!(answer(0, 0, true), "nothing found");
         assert_eq!(answer(1, 1, true), "1 line found");
         assert!(answer(2, 9, true).contains("--limit 9"));
-        assert!(answer(2, 10_000, false).starts_with("more than 10000 lines"));
+        assert!(answer(3, 10_000, false).starts_with("more than 10000 lines"));
+        assert_eq!(answer(2, 1, false), "2 lines found", "fewer than asked for are all");
     }
 
     proptest! {

@@ -44,7 +44,7 @@ pub struct Link {
     pub draining: CancellationToken,
     granted: Mutex<u64>,
     outgoing: mpsc::Sender<Outgoing>,
-    routes: Mutex<HashMap<u32, Arc<Mailbox>>>,
+    routes: Mutex<HashMap<u32, Route>>,
     next_handle: AtomicU32,
 }
 
@@ -55,6 +55,28 @@ pub enum Letter {
     Receipt(Receipt),
     /// It does not take the segment.
     Refused(Refused),
+}
+
+impl Letter {
+    /// The segment that it is about.
+    pub fn handle(&self) -> u32 {
+        match self {
+            Letter::Receipt(receipt) => receipt.handle,
+            Letter::Refused(refused) => refused.handle,
+        }
+    }
+}
+
+/// Who gets the letters about a segment.
+#[derive(Debug)]
+enum Route {
+    Stream(Arc<Mailbox>),
+    /// Nobody: its stream ended while the receiver had so much of it, which is counted here, since the
+    /// receiver counts it too.
+    Nobody {
+        bytes: u64,
+        frames: usize,
+    },
 }
 
 /// Letters for one stream. Bounded by what the stream has sent and not seen receipted.
@@ -140,13 +162,17 @@ impl Link {
     /// A handle whose letters go into this mailbox.
     pub fn register(&self, mailbox: Arc<Mailbox>) -> u32 {
         let handle = self.next_handle.fetch_add(1, Ordering::Relaxed);
-        lock(&self.routes).insert(handle, mailbox);
+        lock(&self.routes).insert(handle, Route::Stream(mailbox));
         handle
     }
 
-    /// Forgets a finished segment.
-    pub fn unregister(&self, handle: u32) {
-        lock(&self.routes).remove(&handle);
+    /// Forgets a segment; the credit of what still awaits a receipt comes back with that.
+    pub fn unregister(&self, handle: u32, bytes: u64, frames: usize) {
+        let mut routes = lock(&self.routes);
+        match bytes {
+            0 => routes.remove(&handle),
+            _ => routes.insert(handle, Route::Nobody { bytes, frames }),
+        };
     }
 
     /// Hands a message to the connection; `false` when it is gone.
@@ -181,8 +207,21 @@ impl Link {
 
     /// Hands a letter to the stream that it is for.
     pub fn route(&self, handle: u32, letter: Letter) {
-        match lock(&self.routes).get(&handle) {
-            Some(mailbox) => mailbox.put(letter),
+        let mut routes = lock(&self.routes);
+        match routes.get_mut(&handle) {
+            Some(Route::Stream(mailbox)) => mailbox.put(letter),
+            Some(Route::Nobody { bytes, frames }) => {
+                let answered = match letter {
+                    Letter::Receipt(receipt) => receipt.to.saturating_sub(receipt.from).min(*bytes),
+                    Letter::Refused(_) => *bytes,
+                };
+                *bytes -= answered;
+                self.credit.add_permits(answered as usize);
+                if *bytes == 0 {
+                    self.frames.add_permits(*frames);
+                    routes.remove(&handle);
+                }
+            }
             None => debug!(handle, "letter for a segment that is finished"),
         }
     }
@@ -198,7 +237,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::protocol::{DayBounds, Limits, VERSION};
+    use crate::protocol::{DayBounds, Limits, RefusalCode, VERSION};
     use crate::record::{Day, IndexRule, SenderId};
 
     fn link(receiver: &str) -> Arc<Link> {
@@ -216,6 +255,41 @@ mod tests {
             destination: None,
         };
         Arc::new(Link::new(receiver.to_owned(), welcome, false).0)
+    }
+
+    #[test]
+    fn credit_of_an_ended_stream_comes_back_with_its_receipts() {
+        let link = link("wss://a/");
+        let mailbox = Arc::new(Mailbox::default());
+        let handle = link.register(mailbox.clone());
+        link.credit.try_acquire_many(100).expect("credit").forget();
+        link.frames.try_acquire_many(2).expect("frames").forget();
+        let receipt = |from, to| {
+            link.route(handle, Letter::Receipt(Receipt { handle, from, to, runs: Vec::new() }));
+        };
+        let left = || (link.credit.available_permits(), link.frames.available_permits());
+        receipt(0, 10);
+        assert_eq!((mailbox.take().len(), left()), (1, ((1 << 20) - 100, 8)), "its stream counts");
+        link.unregister(handle, 90, 2);
+        assert_eq!(left(), ((1 << 20) - 100, 8));
+        receipt(10, 40);
+        assert_eq!(left(), ((1 << 20) - 70, 8));
+        assert!(!link.is_idle());
+        receipt(40, 100);
+        assert_eq!(left(), ((1 << 20) - 10, 10));
+        receipt(40, 100);
+        assert_eq!(left(), ((1 << 20) - 10, 10), "an answer counts once");
+    }
+
+    #[test]
+    fn a_refusal_gives_all_credit_of_an_ended_stream_back() {
+        let link = link("wss://a/");
+        let handle = link.register(Arc::default());
+        link.credit.try_acquire_many(100).expect("credit").forget();
+        link.unregister(handle, 100, 0);
+        let (code, reason) = (RefusalCode::Type, String::new());
+        link.route(handle, Letter::Refused(Refused { handle, code, reason }));
+        assert!(link.is_idle());
     }
 
     #[test]

@@ -448,6 +448,10 @@ async fn drive(
                 }
                 None => break,
             },
+            // A script that was interrupted must not take its files for sent.
+            () = context.stopping.cancelled(), if complete && context.config.once => {
+                complete = false;
+            }
             () = &mut deadline, if !context.ending.is_cancelled() => {
                 warn!("stopping without some receipts: those lines are sent again at the next start");
                 complete = false;

@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -106,8 +107,13 @@ impl Journal {
     /// Replaces the journal by one line that says everything.
     pub fn rewrite(&mut self, everything: &Change) -> io::Result<()> {
         let line = write_line(everything);
-        replace_file(&self.dir, NAME, &line)?;
-        self.reopen(line.len() as u64, 1)
+        let rewritten =
+            replace_file(&self.dir, NAME, &line).and_then(|()| self.reopen(line.len() as u64, 1));
+        if rewritten.is_err() {
+            // After the rename the file that is open has no name any more.
+            self.broken |= self.file.metadata().map_or(true, |file| file.nlink() == 0);
+        }
+        rewritten
     }
 
     /// Copies the good lines into a new file.

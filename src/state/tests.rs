@@ -183,6 +183,30 @@ fn a_torn_journal_keeps_every_whole_line() {
     }
 }
 
+/// A caller who is told of a failure would act on a row that is not there, and send its lines under another.
+#[test]
+fn a_commit_is_kept_where_the_journal_cannot_be_rewritten() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let state = State::open(dir.path(), "machine").expect("state");
+    let lines = || {
+        let text = fs::read(dir.path().join("rows")).expect("journal");
+        memchr::memchr_iter(b'\n', &text).count()
+    };
+    let obstacle = dir.path().join("rows.new");
+    fs::create_dir(&obstacle).expect("a folder");
+    let mut a = entry("/a");
+    while lines() <= 1100 {
+        state.commit(&[&a], &[]).expect("it is durable");
+        a.row.cuts = vec![lines() as u64];
+    }
+    state.commit(&[&a], &[]).expect("it is durable");
+    fs::remove_dir(&obstacle).expect("removed");
+    let content = journal::Content::read(dir.path()).expect("readable");
+    assert_eq!(content.replayed.entries[&a.row.segment], a);
+    state.commit(&[&a], &[]).expect("commit");
+    assert_eq!(lines(), 1, "rewritten once it can be");
+}
+
 #[test]
 fn torn_positions_fall_back_to_the_ones_before() {
     let dir = tempfile::tempdir().expect("a folder");

@@ -4,6 +4,8 @@ use std::fs;
 use std::io::Write as _;
 use std::process::Stdio;
 
+use flate2::Compression;
+use flate2::write::GzEncoder;
 use serde_json::Value;
 
 use crate::support::servers::free_port;
@@ -162,6 +164,60 @@ fn once_that_fails_says_what_is_left_and_why() {
     assert!(ended.ends_with(&format!("left_bytes={}", bench.size_of("app.log"))), "{ended}");
     let last = finished.stderr.lines().last().expect("a reason");
     assert!(last.starts_with("waybill: ") && last.contains("401"), "{last}");
+}
+
+/// `waybill send --once` in a script, `&& rm`: interrupted, it has not sent everything.
+#[test]
+fn once_that_is_interrupted_fails_and_says_what_is_left() {
+    let bench = Bench::new();
+    let mut receiver = bench.receiver();
+    receiver.stop();
+    bench.write("app.log", lines("line", 100));
+    let mut archive = GzEncoder::new(Vec::new(), Compression::default());
+    archive.write_all(lines("old", 100).as_bytes()).expect("compressed");
+    bench.write("old.gz", archive.finish().expect("compressed"));
+    for signal in ["-TERM", "-INT"] {
+        let mut sender = bench.sender(&receiver, &["app.log", "old.gz", "--once"]);
+        for file in ["app.log", "old.gz"] {
+            sender.wait_for_log(&format!("following path={}", bench.path(file).display()));
+        }
+        sender.signal(signal);
+        assert_eq!(sender.wait().code(), Some(1), "{}", sender.log());
+        let log = sender.log();
+        let left = log.split("left_bytes=").nth(1).and_then(|text| text.split('\n').next());
+        let left: u64 = left.and_then(|text| text.parse().ok()).expect("a number");
+        assert_eq!(left, bench.size_of("app.log") + lines("old", 100).len() as u64, "{log}");
+    }
+    receiver.start();
+    bench.send_once(&receiver, &["app.log", "old.gz"]).ok();
+    bench.assert_lines(numbered("line", 100).chain(numbered("old", 100)));
+}
+
+#[test]
+fn a_folder_in_a_files_place_and_a_broken_archive_are_said_once() {
+    let bench = Bench::new();
+    let receiver = bench.receiver();
+    let config = format!(
+        "[[source]]\nfiles = '{}'\n[[source]]\nfiles = '{}'\n",
+        bench.path("later").display(),
+        bench.path("logs/*").display()
+    );
+    bench.write("send.toml", config);
+    let mut sender = bench.sender(&receiver, &["--config", "send.toml"]);
+    sender.wait_for_log("is not there yet");
+    fs::create_dir(bench.path("later")).expect("a folder");
+    sender.wait_for_log("not a regular file");
+    bench.write("logs/broken.gz", "no archive");
+    sender.wait_for_log("cannot be followed");
+    // Each makes it look around again.
+    for number in 0..5 {
+        bench.write(&format!("logs/{number}.log"), "line\n");
+        bench.wait_for_lines(number + 1);
+    }
+    for said in ["not a regular file", "cannot be followed"] {
+        assert_eq!(sender.log().matches(said).count(), 1, "{}", sender.log());
+    }
+    assert!(sender.stop().success());
 }
 
 #[test]

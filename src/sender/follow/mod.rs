@@ -56,6 +56,8 @@ pub struct Follower {
     /// Files that hold what another one holds: decided anew in each sweep.
     copies: HashMap<Inode, Waiting>,
     complaints: HashMap<PathBuf, String>,
+    /// Patterns of which it was said that nothing matches them.
+    unmatched: HashSet<String>,
     /// Ranges of runs whose file was lost: reported unless they turn up in the next sweep.
     missing: HashMap<Uuid, Ended>,
     /// Runs that are sent from their copy in the state directory.
@@ -173,6 +175,7 @@ impl Follower {
             at_rest: HashSet::new(),
             copies: HashMap::new(),
             complaints: HashMap::new(),
+            unmatched: HashSet::new(),
             missing: HashMap::new(),
             kept: HashSet::new(),
             tasks: JoinSet::new(),
@@ -388,7 +391,6 @@ impl Follower {
         }
         match Tail::open(&path, follow) {
             Ok(tail) => {
-                self.complaints.remove(&path);
                 seen.families.insert(family);
                 let (path, source) = (path.clone(), number);
                 seen.found.push(Found { path, tail, source, wanted: true, elsewhere: false });
@@ -448,7 +450,7 @@ impl Follower {
 
     /// Says, once, that a pattern names no file: it may be mistyped.
     fn complain_of_nothing(&mut self, pattern: &str) {
-        if self.complaints.insert(PathBuf::from(pattern), String::new()).is_some() {
+        if !self.unmatched.insert(pattern.to_owned()) {
             return;
         }
         if self.context.config.once {
@@ -565,6 +567,7 @@ impl Follower {
         }
         info!(path = %escape_path(&path), continued, backlog = stream.backlog(), "following");
         self.context.total_bytes.fetch_add(stream.backlog(), Ordering::Relaxed);
+        self.complaints.remove(&path);
         self.missing.remove(&run);
         self.resting.remove(&inode);
         let (mailbox, flags) = (stream.mailbox(), stream.flags());

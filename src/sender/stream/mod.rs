@@ -255,7 +255,11 @@ impl Stream {
         let seen = frontier.max(self.size_seen.unwrap_or(0));
         // What is lost is reported as such.
         let is_over = matches!(end, End::Done | End::Lost);
-        let left = if is_over { 0 } else { self.reach().saturating_sub(position) };
+        let left = match self.end() {
+            _ if is_over => 0,
+            Some(_) => self.reach().saturating_sub(position),
+            None => self.backlog().max(1),
+        };
         self.context.note_left(self.run, left);
         let counters = self.attributes.counters.clone();
         Ended { run: self.run, end, path, position, seen, stamp, counters }
@@ -296,7 +300,7 @@ impl Stream {
             }
             self.link = None;
             self.note_progress();
-            self.return_credit(&link);
+            self.leave(&link);
             match end {
                 Some(end) => return end,
                 None => self.disconnected(),
@@ -304,15 +308,16 @@ impl Stream {
         }
     }
 
-    /// A stream that ends while its link lives leaves no credit behind: nobody would return it.
-    fn return_credit(&mut self, link: &Link) {
+    /// A stream that ends while its link lives leaves what the receiver still has of it to the link.
+    fn leave(&mut self, link: &Link) {
         for segment in &self.segments {
             if let Some(handle) = segment.handle {
-                link.unregister(handle);
+                let (bytes, frames) = segment.window.outstanding();
+                link.unregister(handle, bytes, frames as usize);
             }
-            let (credit, frames) = segment.window.outstanding();
-            link.credit.add_permits(credit as usize);
-            link.frames.add_permits(frames as usize);
+        }
+        for letter in self.mailbox.take() {
+            link.route(letter.handle(), letter);
         }
     }
 

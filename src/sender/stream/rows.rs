@@ -283,7 +283,7 @@ impl Stream {
         {
             let segment = self.segments.pop_front().expect("there is one");
             if let (Some(link), Some(handle)) = (&self.link, segment.handle) {
-                link.unregister(handle);
+                link.unregister(handle, 0, 0);
             }
             if let Err(error) = self.commit(Vec::new(), vec![segment.id()]).await {
                 // Its row stays on disk, finished: the next start drops it.

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::panic::resume_unwind;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::SemaphorePermit;
 use tokio::task::JoinError;
@@ -22,6 +22,10 @@ use crate::transport::Outgoing;
 /// Who has no more than this to send takes no turn: far less than a frame, so that many may.
 const MUCH_BYTES: u64 = 32 << 10;
 
+/// How long a read keeps its turn: a disk that hangs, or an archive that is unpacked from its start, holds
+/// up no other stream.
+const TURN_MAX: Duration = Duration::from_secs(1);
+
 enum Permits<'a> {
     Granted(Granted<'a>),
     Interrupted,
@@ -32,7 +36,7 @@ enum Permits<'a> {
 /// What a frame needs.
 struct Granted<'a> {
     /// Given back once the frame is on its way.
-    _turn: Option<SemaphorePermit<'a>>,
+    turn: Option<SemaphorePermit<'a>>,
     frame: SemaphorePermit<'a>,
     credit: SemaphorePermit<'a>,
 }
@@ -76,14 +80,25 @@ impl Stream {
                 request.to = [request.to, cut].into_iter().flatten().min();
             }
         }
-        let Granted { _turn, frame, mut credit } = match self.permits(link, number, &request).await
-        {
-            Permits::Granted(granted) => granted,
-            Permits::Interrupted => return Step::Goes,
-            Permits::LinkGone => return Step::LinkGone,
-            Permits::Ends(end) => return Step::Ends(end),
+        let Granted { mut turn, frame, mut credit } =
+            match self.permits(link, number, &request).await {
+                Permits::Granted(granted) => granted,
+                Permits::Interrupted => return Step::Goes,
+                Permits::LinkGone => return Step::LinkGone,
+                Permits::Ends(end) => return Step::Ends(end),
+            };
+        let read = {
+            let read = self.read(request.clone());
+            tokio::pin!(read);
+            match tokio::time::timeout(TURN_MAX, &mut read).await {
+                Ok(read) => read,
+                Err(_) => {
+                    drop(turn.take());
+                    read.await
+                }
+            }
         };
-        match self.read(request.clone()).await {
+        match read {
             Ok(Read::Framed(framed)) => {
                 if let Err(error) = self.learn_first_bytes(number).await {
                     warn!(%error, "the state directory cannot be written: nothing is sent before it can");
@@ -138,13 +153,13 @@ impl Stream {
     ) -> Permits<'a> {
         let (want, has_much) = (request.want, self.has_much(request));
         let acquire = async {
-            let _turn = match has_much {
+            let turn = match has_much {
                 true => Some(link.turns.acquire().await.ok()?),
                 false => None,
             };
             let frame = link.frames.acquire().await.ok()?;
             let credit = link.credit.acquire_many(want as u32).await.ok()?;
-            Some(Granted { _turn, frame, credit })
+            Some(Granted { turn, frame, credit })
         };
         tokio::pin!(acquire);
         let stopping = self.context.stopping.clone();
