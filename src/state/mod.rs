@@ -161,6 +161,8 @@ struct Inner {
     dirty: bool,
     cloned: bool,
     rebooted: bool,
+    /// The journal could not be rewritten when it was to be.
+    grows: bool,
 }
 
 impl State {
@@ -199,6 +201,7 @@ impl State {
             dirty: false,
             cloned: false,
             rebooted,
+            grows: false,
         };
         let known_machine = replayed.machine.as_deref();
         if known_machine != Some(machine) || replayed.instance.is_none() {
@@ -289,10 +292,14 @@ impl State {
             inner.dirty = true;
         }
         // The change is durable by now: whoever is told otherwise acts on a row that is not there.
-        if inner.journal.is_overgrown(inner.entries.len())
-            && let Err(error) = inner.compact()
-        {
-            warn!(dir = %escape_path(&self.dir), %error, "the row journal cannot be rewritten, and grows");
+        if inner.journal.is_overgrown(inner.entries.len()) {
+            let compacted = inner.compact();
+            let is_new = !std::mem::replace(&mut inner.grows, compacted.is_err());
+            if let Err(error) = compacted
+                && is_new
+            {
+                warn!(dir = %escape_path(&self.dir), %error, "the row journal cannot be rewritten, and grows");
+            }
         }
         Ok(())
     }
