@@ -54,11 +54,15 @@ impl Writer {
         let connection = &self.connection;
         let transaction = Transaction::new_unchecked(connection, TransactionBehavior::Immediate)?;
         Ok(Batch {
+            find_line: connection.prepare_cached(
+                "SELECT 1 FROM lines JOIN segments ON number = lines.segment \
+                 WHERE id = ?1 AND index_name = ?2",
+            )?,
+            // Of one row: one that may add several has a savepoint of its own, at which the words in
+            // memory are written out, line by line.
             insert_line: connection.prepare_cached(
                 "INSERT INTO lines (id, time, arrived, segment, offset, document) \
-                 SELECT ?1, ?2, ?3, ?4, ?5, ?6 WHERE NOT EXISTS ( \
-                     SELECT 1 FROM lines JOIN segments ON number = lines.segment \
-                     WHERE id = ?1 AND index_name = ?7)",
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
             )?,
             insert_words: connection
                 .prepare_cached("INSERT INTO words (rowid, line) VALUES (?1, ?2)")?,
@@ -71,6 +75,7 @@ impl Writer {
 
 /// An open transaction. Dropping it rolls back.
 pub(super) struct Batch<'w> {
+    find_line: CachedStatement<'w>,
     insert_line: CachedStatement<'w>,
     insert_words: CachedStatement<'w>,
     any_parked: &'w mut bool,
@@ -214,6 +219,9 @@ impl Batch<'_> {
         };
         let text = String::from_utf8_lossy(line.payload);
         let id = &line.id.0[..];
+        if self.find_line.exists(params![id, segment.index])? {
+            return Ok(Ok(Verdict::Already));
+        }
         let inserted = self.insert_line.execute(params![
             id,
             time,
@@ -221,13 +229,10 @@ impl Batch<'_> {
             segment.number,
             // An offset is less than 2^40.
             line.offset as i64,
-            document,
-            segment.index
+            document
         ]);
-        match inserted {
-            Ok(0) => return Ok(Ok(Verdict::Already)),
-            Ok(_) => {}
-            Err(error) => return lines_own_fault(error).map(Err),
+        if let Err(error) = inserted {
+            return lines_own_fault(error).map(Err);
         }
         let number = self.transaction.last_insert_rowid();
         if let Err(error) = self.insert_words.execute(params![number, &*text]) {
