@@ -148,20 +148,6 @@ fn a_line_sent_again_is_already_there() {
     assert_eq!(matches(&store.writer.connection, "two"), 1);
 }
 
-/// Words are written out at a commit, not line by line: what a transaction writes is a few times its lines.
-#[test]
-fn a_transaction_writes_little_more_than_its_lines() {
-    let folder = folder();
-    let path = folder.path().join("store");
-    let mut store = open(&path);
-    let peer = Peer::new(Framing::LINES);
-    let text: String =
-        (0..5000).map(|number| format!("line {number} {:x>180}\n", number)).collect();
-    peer.write(&mut store, 0, text.clone());
-    let written = fs::metadata(folder.path().join("store-wal")).expect("a log").len();
-    assert!(written < 16 << 20, "{written} bytes written for {} of lines", text.len());
-}
-
 #[test]
 fn a_line_twice_in_one_transaction_is_stored_once() {
     let folder = folder();
