@@ -154,7 +154,11 @@ pub struct Context {
 
 impl Context {
     fn note_left(&self, run: Uuid, bytes: u64) {
-        self.left.lock().unwrap_or_else(PoisonError::into_inner).insert(run, bytes);
+        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        match bytes {
+            0 => left.remove(&run),
+            _ => left.insert(run, bytes),
+        };
     }
 
     fn left_bytes(&self) -> u64 {

@@ -100,6 +100,14 @@ fn shipped(bench: &Bench, receiver: &Receiver, file: &str, state: &str) -> Strin
     text
 }
 
+/// The shipped event listener; its log is `listener.log`.
+fn shipped_events(bench: &Bench, receiver: &Receiver) -> String {
+    let events = shipped(bench, receiver, "eventlistener.conf", "/var/lib/waybill/supervisor");
+    let log = "/var/log/supervisor/waybill-events.log";
+    assert!(events.contains(log));
+    events.replace(log, &bench.path("listener.log").display().to_string())
+}
+
 /// What `[program:NAME]` needs to print from a shell, its output as events.
 fn talker(name: &str, script: &Path) -> String {
     format!(
@@ -125,10 +133,7 @@ fn counts(bench: &Bench, tag: &str) -> BTreeMap<String, usize> {
 fn programs_output_is_stored_once_while_the_listener_is_killed() {
     let bench = Bench::new();
     let receiver = bench.receiver();
-    let events = shipped(&bench, &receiver, "eventlistener.conf", "/var/lib/waybill/supervisor");
-    let log = "/var/log/supervisor/waybill-events.log";
-    assert!(events.contains(log));
-    let events = events.replace(log, &bench.path("listener.log").display().to_string());
+    let events = shipped_events(&bench, &receiver);
     let slow = bench.write(
         "slow.sh",
         "i=0\nwhile [ $i -lt 1500 ]; do echo \"slow out $i\"; echo \"slow err $i\" >&2\n\
@@ -200,9 +205,7 @@ fn programs_output_is_stored_once_while_the_listener_is_killed() {
 fn what_supervisors_buffer_drops_is_counted() {
     let bench = Bench::new();
     let receiver = bench.receiver();
-    let events = shipped(&bench, &receiver, "eventlistener.conf", "/var/lib/waybill/supervisor");
-    let log = "/var/log/supervisor/waybill-events.log";
-    let events = events.replace(log, &bench.path("listener.log").display().to_string());
+    let events = shipped_events(&bench, &receiver);
     assert!(events.contains("\nbuffer_size=10000\n"));
     let events = events.replace("\nbuffer_size=10000\n", "\nbuffer_size=10\n");
     let first = bench.write("first.sh", "echo early 1\n");
@@ -289,9 +292,7 @@ fn supervisors_files_are_tailed() {
 fn a_listener_whose_supervisor_is_killed_ends_with_all_receipts() {
     let bench = Bench::new();
     let receiver = bench.receiver();
-    let events = shipped(&bench, &receiver, "eventlistener.conf", "/var/lib/waybill/supervisor");
-    let log = "/var/log/supervisor/waybill-events.log";
-    let events = events.replace(log, &bench.path("listener.log").display().to_string());
+    let events = shipped_events(&bench, &receiver);
     let script = bench.write("talk.sh", "echo 'line 1'\n");
     let sections = [events, talker("talker", &script)].concat();
     let Some(mut supervisor) = Supervisor::start(&bench, &sections) else { return };

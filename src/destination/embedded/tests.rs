@@ -148,6 +148,19 @@ fn a_line_sent_again_is_already_there() {
     assert_eq!(matches(&store.writer.connection, "two"), 1);
 }
 
+/// A statement with a savepoint of its own makes FTS5 write out what it has in memory, a segment each time.
+#[test]
+fn the_words_of_a_transaction_are_written_once() {
+    let folder = folder();
+    let mut store = open(&folder.path().join("store"));
+    let peer = Peer::new(Framing::LINES);
+    peer.write(&mut store, 0, "one\ntwo\nthree\n");
+    let segments = "SELECT count(DISTINCT segid) FROM words_idx";
+    let written: i64 =
+        store.writer.connection.query_row(segments, [], |row| row.get(0)).expect("a count");
+    assert_eq!(written, 1);
+}
+
 #[test]
 fn a_line_twice_in_one_transaction_is_stored_once() {
     let folder = folder();

@@ -126,11 +126,7 @@ pub fn have(program: &str, package: &str) -> bool {
 /// Where a file of a Debian package lies: `/`, else the folder into which `scripts/test` unpacked it. The skip is noted
 /// where it is in neither.
 pub fn unpacked(name: &str, file: &str) -> Option<PathBuf> {
-    let cache = std::env::var_os("WAYBILL_CACHE").map(PathBuf::from).unwrap_or_else(|| {
-        let home = || Path::new(&std::env::var_os("HOME").unwrap_or("/root".into())).join(".cache");
-        std::env::var_os("XDG_CACHE_HOME").map_or_else(home, PathBuf::from).join("waybill")
-    });
-    let places = [PathBuf::from("/"), cache.join(name)];
+    let places = [PathBuf::from("/"), cache().join(name)];
     let found = places.into_iter().find(|root| root.join(file).is_file()).filter(|_| !quick());
     if found.is_none() {
         skip(&format!("{name} is missing; scripts/test fetches it"));
