@@ -3,13 +3,14 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{ArgGroup, Args};
 
 use super::{Logging, Send, Settings};
 use crate::config::{ConfigError, Environment, SendLayer};
 
 /// Take over the positions of Filebeat or Logstash, so that 'send' goes on where it ended.
 #[derive(Debug, Default, Args)]
+#[command(group = ArgGroup::new("registry").required(true).multiple(true))]
 #[command(long_about = "\
 Takes over how far Filebeat or Logstash has read each file, so that 'waybill send' goes on there. Stop the other \
 shipper first, and wait until it has ended: a registry is only then exact.
@@ -36,10 +37,10 @@ pub struct Import {
     pub config: Option<PathBuf>,
 
     /// Filebeat's data folder (path.data), such as /var/lib/filebeat, or its registry
-    #[arg(long, value_name = "PATH", required_unless_present = "from_logstash")]
+    #[arg(long, value_name = "PATH", group = "registry")]
     pub from_filebeat: Vec<PathBuf>,
     /// A sincedb file of Logstash's file input, or a folder of them
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", group = "registry")]
     pub from_logstash: Vec<PathBuf>,
     /// Say what would be done, and write nothing
     #[arg(long)]
@@ -50,7 +51,7 @@ pub struct Import {
     pub settings: Settings,
 
     /// Where positions lie, the same as for 'send' [default: $STATE_DIRECTORY, else /var/lib/waybill
-    /// for root and its owner, else ~/.local/state/waybill]
+    /// for root and its owner, else $XDG_STATE_HOME/waybill, else ~/.local/state/waybill]
     #[arg(long, value_name = "DIR", help_heading = "State")]
     pub state_dir: Option<PathBuf>,
 

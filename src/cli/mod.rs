@@ -115,7 +115,8 @@ pub struct Send {
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 
-    /// Receiver: wss://HOST[:PORT]/PATH, or ws+unix:PATH on this machine; several are tried in order
+    /// Receiver: wss://HOST[:PORT]/PATH; on this machine also ws://127.0.0.1:PORT/ or ws+unix:PATH;
+    /// several are tried in order
     #[arg(long, value_name = "URL", value_parser = value::endpoint, help_heading = "Receiver")]
     pub to: Vec<Endpoint>,
     /// File that holds the token alone, as 'waybill token' printed it
@@ -200,7 +201,8 @@ pub struct Send {
     pub settings: Settings,
 
     /// Send what is there now, wait for every receipt, and end: 1 if a line was parked or failed;
-    /// for files and '-' only. An absent receiver or Elasticsearch is waited for without end
+    /// for files and '-' only. An absent receiver or Elasticsearch is waited for without end; a
+    /// terminal shows how far it is
     #[arg(long, help_heading = "Running")]
     pub once: bool,
     /// How long --once tries lines again that their index refuses; then it ends with 1, and the next
@@ -219,7 +221,7 @@ pub struct Send {
     pub metrics: Option<SocketAddr>,
 
     /// Where positions and the spool lie [default: $STATE_DIRECTORY, else /var/lib/waybill for
-    /// root and its owner, else ~/.local/state/waybill]
+    /// root and its owner, else $XDG_STATE_HOME/waybill, else ~/.local/state/waybill]
     #[arg(long, value_name = "DIR", help_heading = "State")]
     pub state_dir: Option<PathBuf>,
     /// Most that the spool of sockets may hold; then they are not read [default: 1GiB]
@@ -383,7 +385,8 @@ pub struct Receive {
     /// Delete lines that arrived more than this many days ago
     #[arg(long, value_name = "DAYS", value_parser = clap::value_parser!(u32).range(1..=36_500), help_heading = "Embedded store")]
     pub keep_days: Option<u32>,
-    /// Delete the lines that arrived first beyond this size, such as 20GiB
+    /// Delete the lines that arrived first beyond this size, such as 20GiB; up to 64 MiB of log come
+    /// on top
     #[arg(long, value_name = "SIZE", value_parser = value::size, help_heading = "Embedded store")]
     pub keep_bytes: Option<u64>,
 
@@ -587,7 +590,7 @@ Ends with 0 only if every line written is stored once.")]
 #[command(after_long_help = "\
 Examples:
   waybill demo
-  waybill demo /var/log/syslog
+  waybill demo /var/log/dpkg.log
   waybill demo --elasticsearch http://127.0.0.1:9200")]
 pub struct Demo {
     /// Files to send; without any, the demo writes lines itself

@@ -12,6 +12,7 @@ pub mod send;
 pub mod setup;
 pub mod token;
 
+use std::error::Error;
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
@@ -27,6 +28,7 @@ use crate::config::{
     ConfigError, DestinationConfig, Environment, Loaded, LogConfig, default_store,
     load_elasticsearch, load_receive,
 };
+use crate::destination::embedded::StoreError;
 use crate::exit::Exit;
 use crate::record::escape_path;
 use crate::search::{QueryError, SearchArgs, SearchTarget};
@@ -176,7 +178,10 @@ fn failure(error: &anyhow::Error) -> Exit {
         return Exit::Done;
     }
     telemetry::report(&told(error));
-    if error.chain().any(|cause| cause.is::<ConfigError>()) {
+    let names_another_file = |cause: &(dyn Error + 'static)| {
+        cause.downcast_ref().is_some_and(StoreError::is_of_another_kind)
+    };
+    if error.chain().any(|cause| cause.is::<ConfigError>() || names_another_file(cause)) {
         Exit::Configuration
     } else if error.chain().any(|cause| cause.is::<QueryError>()) {
         Exit::Usage
@@ -212,6 +217,10 @@ mod tests {
         let problem = Problem { place: Place::Missing, message: "x".to_owned() };
         let configuration = anyhow::Error::from(ConfigError::Faults(vec![problem]));
         assert_eq!(failure(&configuration.context("loading")).code(), 78);
+        let store = anyhow::Error::from(StoreError::NotAStore("notes.txt".into()));
+        assert_eq!(failure(&store).code(), 78);
+        let store = anyhow::Error::from(StoreError::Missing("store".into()));
+        assert_eq!(failure(&store).code(), 1);
         assert_eq!(failure(&anyhow::anyhow!("lost")).code(), 1);
     }
 

@@ -64,10 +64,10 @@ pub struct Profile {
 #[derive(Debug, Error)]
 pub enum OpenError {
     /// Its configuration is not usable.
-    #[error(transparent)]
+    #[error("{0}")]
     Elasticsearch(#[from] elasticsearch::ConfigureError),
     /// Its file is not usable.
-    #[error(transparent)]
+    #[error("{0}")]
     Embedded(#[from] embedded::StoreError),
 }
 

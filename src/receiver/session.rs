@@ -326,7 +326,7 @@ impl Session {
             let (from, to) = self.terms.days;
             let reason = format!(
                 "day {} is outside {} to {} (today {from:+} to {to:+} days): check the sender's \
-                 clock, or widen the bounds of days at the receiver",
+                 clock, or widen days_before and days_after in the receiver's --config file",
                 row.day, days.from, days.to
             );
             return Err((RefusalCode::Day, reason));

@@ -298,14 +298,16 @@ async fn plain_requests_get_health_or_a_word() {
     assert!(lost.starts_with("HTTP/1.1 426") && lost.contains("Waybill receiver"), "{lost}");
     let post = http(&server, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n").await;
     assert!(post.starts_with("HTTP/1.1 404"), "{post}");
-    let upgrade = |more: &str| {
+    let nameless = |more: &str| {
         format!(
             "GET / HTTP/1.1\r\nHost: x\r\nConnection: keep-alive, Upgrade\r\nUpgrade: websocket\r\n\
-             Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\
-             Authorization: Bearer {}\r\n{more}\r\n",
-            server.token
+             Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n{more}\r\n"
         )
     };
+    let protocol = "Sec-WebSocket-Protocol: waybill.v1\r\n";
+    assert!(http(&server, &nameless(protocol)).await.starts_with("HTTP/1.1 401"));
+    let upgrade =
+        |more: &str| nameless(&format!("Authorization: Bearer {}\r\n{more}", server.token));
     let page = upgrade("Sec-WebSocket-Protocol: waybill.v1\r\nOrigin: http://x\r\n");
     assert!(http(&server, &page).await.starts_with("HTTP/1.1 403"));
     let other = http(&server, &upgrade("Sec-WebSocket-Protocol: chat, waybill.v9\r\n")).await;
@@ -390,6 +392,7 @@ async fn a_refused_segment_names_the_line_that_mends_it_and_the_others_go_on() {
             r#""secret"]"#,
         ),
         (Row { day: Day::today().plus(9), ..good.clone() }, RefusalCode::Day, "clock"),
+        (Row { day: Day::today().plus(-500), ..good.clone() }, RefusalCode::Day, "days_before"),
         (
             Row { framing: Framing::Lines { version: 9, limit: 5 }, ..good.clone() },
             RefusalCode::Framing,

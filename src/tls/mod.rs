@@ -2,6 +2,7 @@
 //!
 //! The crypto provider is passed explicitly: no global state decides which one is used.
 
+mod leaf;
 mod replaced;
 
 use std::io;
@@ -23,6 +24,7 @@ use tracing::warn;
 use crate::config::Identity;
 use crate::record::escape_path;
 
+pub use leaf::Leaf;
 pub use replaced::{Acceptor, ClientTrust, ServerCertificate, ServerStream, watch};
 
 /// What is wrong with a certificate, a key or a CA file.
@@ -161,7 +163,11 @@ fn certified(
                 })?
         }
     };
-    let Pair { chain, key, end } = pair(files)?;
+    let Pair { chain, key, leaf } = pair(files)?;
+    if let Some(fault) = leaf.as_ref().filter(|_| http).and_then(Leaf::refusal) {
+        let certificate = escape_path(&files.certificate);
+        warn!(%certificate, "Waybill's other side refuses the certificate: it {fault}");
+    }
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()
         .map_err(TlsError::Setup)?
@@ -171,14 +177,14 @@ fn certified(
     if http {
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
     }
-    Ok((Arc::new(config), end))
+    Ok((Arc::new(config), leaf.as_ref().map(Leaf::not_after)))
 }
 
 struct Pair {
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
-    /// When the certificate ends, where that can be read.
-    end: Option<Timestamp>,
+    /// The first of the chain, where it can be read.
+    leaf: Option<Leaf>,
 }
 
 /// A certificate whose time is over is shown all the same, with a warning: its peers say what is
@@ -187,14 +193,14 @@ fn pair(files: &Identity) -> Result<Pair, TlsError> {
     let chain = certificates("certificate", &files.certificate)?;
     let key = private_key(&files.key)?;
     let now = Timestamp::try_from(SystemTime::now()).unwrap_or(Timestamp::MAX);
-    let end = chain.first().and_then(|own| not_after(own));
-    if let Some(expired) = end.filter(|end| *end < now) {
+    let leaf = chain.first().and_then(|own| Leaf::from_der(own));
+    if let Some(expired) = leaf.as_ref().map(Leaf::not_after).filter(|end| *end < now) {
         warn!(
             certificate = %escape_path(&files.certificate), %expired,
             "the certificate has expired and peers refuse it: renew it; it is taken over by itself"
         );
     }
-    Ok(Pair { chain, key, end })
+    Ok(Pair { chain, key, leaf })
 }
 
 fn pair_fault(files: &Identity, error: rustls::Error) -> TlsError {
@@ -205,7 +211,14 @@ fn pair_fault(files: &Identity, error: rustls::Error) -> TlsError {
         rustls::Error::InvalidCertificate(fault) => TlsError::Broken {
             what: "certificate",
             file: files.certificate.clone(),
-            reason: fault.to_string(),
+            reason: match leaf_of_file(&files.certificate)
+                .ok()
+                .flatten()
+                .and_then(|leaf| leaf.refusal())
+            {
+                Some(refusal) => format!("it {refusal}"),
+                None => fault.to_string(),
+            },
         },
         other => TlsError::Setup(other),
     }
@@ -263,59 +276,13 @@ fn private_key(file: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
     })
 }
 
-/// When the first certificate of a PEM file ends; `None` where its DER has another shape.
-pub fn end_of(file: &Path) -> Result<Option<Timestamp>, TlsError> {
-    let chain = certificates("certificate", file)?;
-    Ok(chain.first().and_then(|own| not_after(own)))
-}
-
-/// When a certificate ends (RFC 5280 §4.1.2.5), read from its DER; `None` where that has another
-/// shape. Only a warning hangs on it: rustls checks what counts.
-pub fn not_after(certificate: &[u8]) -> Option<Timestamp> {
-    let (certificate, _) = element(certificate, 0x30)?;
-    let (mut fields, _) = element(certificate, 0x30)?;
-    if let Some((_, rest)) = element(fields, 0xa0) {
-        fields = rest; // version
-    }
-    for tag in [0x02, 0x30, 0x30] {
-        (_, fields) = element(fields, tag)?; // serial number, signature, issuer
-    }
-    let (validity, _) = element(fields, 0x30)?;
-    let (_, rest) = element(validity, 0x17).or_else(|| element(validity, 0x18))?;
-    let digits = |text: &[u8]| std::str::from_utf8(text).ok().map(str::to_owned);
-    let text = match element(rest, 0x17) {
-        // UTCTime has two digits of the year, 50 to 49 (RFC 5280 §4.1.2.5.1).
-        Some((text, _)) => {
-            let text = digits(text)?;
-            format!("{}{text}", if text.as_bytes().first()? < &b'5' { "20" } else { "19" })
-        }
-        None => digits(element(rest, 0x18)?.0)?,
-    };
-    let civil = jiff::civil::DateTime::strptime("%Y%m%d%H%M%SZ", text).ok()?;
-    civil.to_zoned(jiff::tz::TimeZone::UTC).ok().map(|zoned| zoned.timestamp())
-}
-
-/// Takes one DER element with this tag off the front: its content, and what follows it.
-fn element(bytes: &[u8], tag: u8) -> Option<(&[u8], &[u8])> {
-    let (&found, rest) = bytes.split_first()?;
-    if found != tag {
-        return None;
-    }
-    let (&first, mut rest) = rest.split_first()?;
-    let mut length = usize::from(first);
-    if first >= 0x80 {
-        let count = usize::from(first & 0x7f);
-        if count > 3 {
-            return None;
-        }
-        length = 0;
-        for _ in 0..count {
-            let (&byte, after) = rest.split_first()?;
-            length = length << 8 | usize::from(byte);
-            rest = after;
-        }
-    }
-    rest.split_at_checked(length)
+/// The first certificate of a PEM file; `None` where its DER has another shape.
+///
+/// # Errors
+///
+/// Where the file cannot be read, or holds no certificate.
+pub fn leaf_of_file(file: &Path) -> Result<Option<Leaf>, TlsError> {
+    certificates("certificate", file).map(|chain| Leaf::from_der(&chain[0]))
 }
 
 /// Connects as a peer does that trusts `authority`, to a certificate of `localhost`.
@@ -328,30 +295,4 @@ pub(crate) async fn dial_for_test(
     let stream = tokio::net::TcpStream::connect(address).await.expect("connect");
     let name = rustls::pki_types::ServerName::try_from("localhost").expect("a name");
     tokio_rustls::TlsConnector::from(config).connect(name, stream).await.expect("a handshake")
-}
-
-#[cfg(test)]
-mod tests {
-    use rcgen::{CertificateParams, KeyPair, date_time_ymd};
-
-    use super::*;
-
-    #[test]
-    fn the_end_of_a_certificate_is_read_in_both_forms_of_time() {
-        for year in [2019, 2049, 2050, 2090] {
-            let mut params = CertificateParams::new(["localhost".to_owned()]).expect("params");
-            params.not_after = date_time_ymd(year, 3, 1);
-            let certificate = params.self_signed(&KeyPair::generate().expect("key"));
-            let end = not_after(certificate.expect("certificate").der()).expect("an end");
-            assert_eq!(end.to_string(), format!("{year}-03-01T00:00:00Z"));
-        }
-    }
-
-    #[test]
-    fn bytes_that_are_no_certificate_have_no_end() {
-        let certificate = [0x30, 0x82, 0xff, 0xff, 0x30, 0x05, 0x02];
-        for length in 0..certificate.len() {
-            assert_eq!(not_after(&certificate[..length]), None);
-        }
-    }
 }

@@ -60,7 +60,10 @@ pub enum ConnectError {
         source: hyper::Error,
     },
     /// It took too long.
-    #[error("{url} did not finish the handshake within {after:?}")]
+    #[error(
+        "{url} did not finish the handshake within {after:?}; is it the receiver's port, or that of a \
+         proxy before it?"
+    )]
     Timeout {
         /// As configured.
         url: String,
@@ -187,6 +190,12 @@ pub enum TlsFault {
          signs itself; make the server one with basicConstraints=CA:FALSE"
     )]
     AuthorityItself,
+    /// The server's certificate has no extensions, and thereby no names.
+    #[error(
+        "the server's certificate is of X.509 version 1, which has no names; make it one of version 3, with \
+         subjectAltName"
+    )]
+    Version1,
     /// The answer is not TLS.
     #[error("the server does not speak TLS on this port; check the port, or use ws:// on loopback")]
     NotTls,
@@ -219,10 +228,12 @@ pub(super) fn tls_fault(error: &io::Error) -> TlsFault {
             CertificateError::UnknownIssuer | CertificateError::BadSignature => {
                 TlsFault::UnknownAuthority
             }
-            // rustls has no name for this one.
-            CertificateError::Other(other) if other.0.to_string() == "CaUsedAsEndEntity" => {
-                TlsFault::AuthorityItself
-            }
+            // rustls has no names for these.
+            CertificateError::Other(other) => match other.0.to_string().as_str() {
+                "CaUsedAsEndEntity" => TlsFault::AuthorityItself,
+                "UnsupportedCertVersion" => TlsFault::Version1,
+                other => TlsFault::Other(other.to_owned()),
+            },
             other => TlsFault::Other(other.to_string()),
         },
         Some(Error::InvalidMessage(_)) => TlsFault::NotTls,

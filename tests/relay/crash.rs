@@ -1,5 +1,6 @@
 //! Crashes: SIGKILL at any instant, of any process, and no line is lost or doubled.
 
+use std::fs;
 use std::time::Duration;
 
 use super::support::servers::{Elasticsearch, wait_until};
@@ -95,21 +96,33 @@ fn twenty_kills_of_sender_receiver_and_elasticsearch() {
 }
 
 #[test]
-fn a_signal_drains_and_saves_and_ends_with_0() {
-    let bench = Bench::new();
-    let receiver = bench.receiver();
-    bench.write("app.log", lines("line", 200_000));
-    let arguments = ["app.log", "--receipts", "receipts.jsonl", "--drain-timeout", "1h"];
-    let mut sender = bench.sender(&receiver, &arguments);
-    wait_until("some receipts came", PATIENCE, || bench.size_of("receipts.jsonl") > 0);
-    assert_eq!(sender.stop().code(), Some(0));
-    // Everything on its way was receipted, and the positions are saved: nothing is sent twice.
-    let finished = bench.send_once(&receiver, &["app.log", "--receipts", "receipts.jsonl"]).ok();
-    assert!(!finished.stderr.contains("without some receipts"));
-    let receipts = std::fs::read_to_string(bench.path("receipts.jsonl")).expect("receipts");
-    assert_eq!(receipts.lines().count(), 200_000);
-    assert!(!receipts.contains("already"));
-    bench.assert_lines(numbered("line", 200_000));
+fn a_signal_stops_reading_drains_and_saves_and_ends_with_0() {
+    // More than may be under way: some 30 MB.
+    const LINES: usize = 2_000_000;
+    for signal in ["-TERM", "-INT"] {
+        let bench = Bench::new();
+        let mut receiver = bench.receiver();
+        let arguments = ["app.log", "--receipts", "receipts.jsonl", "--drain-timeout", "1h"];
+        bench.write("app.log", "");
+        let mut sender = bench.sender(&receiver, &arguments);
+        sender.wait_for_log(" connected");
+        receiver.process().freeze();
+        bench.append("app.log", lines("line", LINES));
+        wait_until("lines are on the wire", PATIENCE, || unread(receiver.port()) > 100_000);
+        sender.signal(signal);
+        sender.wait_for_log("stopping");
+        receiver.process().signal("-CONT");
+        assert_eq!(sender.wait().code(), Some(0));
+        assert!(!sender.log().contains("without some receipts"), "{}", sender.log());
+        let receipts = || fs::read_to_string(bench.path("receipts.jsonl")).expect("receipts");
+        let drained = receipts().lines().count();
+        assert!((1..LINES).contains(&drained), "{drained}");
+        // Everything on its way was receipted, and the positions are saved: nothing is sent twice.
+        bench.send_once(&receiver, &["app.log", "--receipts", "receipts.jsonl"]).ok();
+        let receipts = receipts();
+        assert_eq!(receipts.lines().count(), LINES);
+        assert!(!receipts.contains("already"));
+    }
 }
 
 #[test]
@@ -132,9 +145,15 @@ fn a_drain_is_bounded_and_a_second_signal_ends_it_at_once() {
     bench.send_once(&receiver, &["app.log"]).ok();
     bench.assert_lines(numbered("line", 200_000).chain(["one".to_owned()]));
     // A bounded one ends by itself.
-    receiver.process().freeze();
     let mut sender = bench.sender(&receiver, &["app.log", "--drain-timeout", "100ms"]);
-    sender.wait_for_log("following");
+    sender.wait_for_log(" connected");
+    receiver.process().freeze();
+    bench.append("app.log", lines("late", 200_000));
+    wait_until("lines are on the wire", PATIENCE, || unread(receiver.port()) > 100_000);
     assert!(sender.stop().success());
+    assert!(sender.log().contains("stopping without some receipts"), "{}", sender.log());
     receiver.process().signal("-CONT");
+    bench.send_once(&receiver, &["app.log"]).ok();
+    let (early, late) = (numbered("line", 200_000), numbered("late", 200_000));
+    bench.assert_lines(early.chain(late).chain(["one".to_owned()]));
 }

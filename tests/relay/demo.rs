@@ -21,6 +21,7 @@ fn agrees(finished: &Finished, count: usize) {
     assert!(text.contains(&format!("a search for every line finds {count}")), "{text}");
     assert!(text.contains(&format!("{count} lines, each once")), "{text}");
     assert!(!text.contains('\u{1b}'), "no colours without a terminal: {text}");
+    assert!(text.contains("receiver killed with SIGKILL"), "{text}");
 }
 
 /// Processes that have the folder on their command line.
@@ -42,8 +43,10 @@ fn the_demo_ends_with_counts_that_agree() {
     let finished =
         run(demo(&["--keep", &keep.display().to_string(), "--lines", "300", "--seconds", "2"]));
     agrees(&finished, 300);
-    assert!(finished.stdout.contains("receiver killed with SIGKILL"), "{}", finished.stdout);
     assert!(finished.stdout.contains("log rotated"), "{}", finished.stdout);
+    let resent = finished.stdout.lines().find(|line| line.contains(" bytes were sent again"));
+    let resent = resent.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+    assert!(resent.is_some(), "{}", finished.stdout);
     assert!(processes(&keep).is_empty(), "{:?}", processes(&keep));
     // The commands that it proposes work.
     let proposed =
@@ -61,6 +64,12 @@ fn the_demo_ends_with_counts_that_agree() {
 #[test]
 fn the_demo_sends_the_files_that_it_is_given() {
     let bench = Bench::new();
+    let many = bench.write("many.log", lines("many", 30_000)).display().to_string();
+    let kept = bench.path("first").display().to_string();
+    let finished = run(demo(&[&many, "--keep", &kept]));
+    assert!(finished.status.success(), "{}\n{}", finished.stdout, finished.stderr);
+    assert!(finished.stdout.contains("finds 10000"), "{}", finished.stdout);
+    assert!(finished.stdout.contains("30000 lines, each once"), "{}", finished.stdout);
     let file = bench.write("my.log", lines("mine", 5_000));
     let keep = bench.path("kept").display().to_string();
     let finished = run(demo(&[&file.display().to_string(), "--keep", &keep, "--seconds", "2"]));

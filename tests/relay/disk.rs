@@ -275,3 +275,23 @@ fn a_limit_of_file_sizes_is_met_like_a_full_disk() {
     assert_lines(&bench, "line", LINES);
     assert!(sender.stop().success());
 }
+
+#[test]
+fn a_store_keeps_the_newest_lines_within_its_size() {
+    let bench = Bench::new();
+    let store = bench.path("store.sqlite");
+    let receiver = bench.receiver_with(move |command| {
+        command.args(["--keep-bytes", "1MiB", "--store"]).arg(&store);
+    });
+    bench.write("app.log", lines("line", 40_000));
+    bench.send_once(&receiver, &["app.log"]).ok();
+    wait_until("the oldest are gone", PATIENCE, || {
+        let kept = bench.messages();
+        !kept.contains(&"line 0".to_owned()) && kept.len() < 20_000
+    });
+    let kept = bench.messages();
+    assert!(kept.contains(&"line 39999".to_owned()), "{} kept", kept.len());
+    // In the order in which they came.
+    let oldest = 40_000 - kept.len();
+    assert!(kept.contains(&format!("line {oldest}")), "{oldest}");
+}

@@ -359,7 +359,6 @@ fn elasticsearch_killed_in_the_middle_loses_and_doubles_nothing() {
     assert!(ids == node.all_ids("kill-default-*"), "receipts and documents differ");
 }
 
-/// nginx in front of a node, without TLS, with a log of what it passed on.
 /// While it stalls the receiver still pings: nobody takes its silence, or the sender's, for a dead connection.
 #[test]
 fn elasticsearch_that_stalls_for_longer_than_a_ping_ends_no_connection() {
@@ -384,6 +383,7 @@ fn elasticsearch_that_stalls_for_longer_than_a_ping_ends_no_connection() {
     assert_whole(&bench, &node, &prefix, sender);
 }
 
+/// nginx in front of a node, without TLS, with a log of what it passed on.
 fn plain_front(node: &Elasticsearch) -> Option<(String, Nginx)> {
     let port = free_port();
     let text = format!(

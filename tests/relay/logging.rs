@@ -79,6 +79,7 @@ fn the_progress_bar_shows_what_there_is_to_send() {
         String::from_utf8_lossy(&bytes).into_owned()
     };
     wait_until("a bar", PATIENCE, || shown().contains("0 B/96.57 KiB  0 lines"));
+    assert!(shown().contains("/s  ") && shown().contains(" left"), "{}", shown());
     receiver.start();
     assert!(terminal.wait().success(), "{}", shown());
     assert!(!shown().contains("/0 B"), "{}", shown());

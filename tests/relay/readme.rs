@@ -4,7 +4,7 @@ use std::fs;
 use std::net::TcpStream;
 use std::process::Command;
 
-use clap::Parser as _;
+use clap::{CommandFactory as _, Parser as _};
 use waybill::cli::Cli;
 
 use super::support::pages::Page;
@@ -56,6 +56,22 @@ fn every_indented_command_of_the_readme_is_taken() {
         if let Err(error) = Cli::try_parse_from(&words) {
             panic!("{command}\n{error}");
         }
+    }
+}
+
+/// The files that it proposes for a first try are on a fresh Debian.
+#[test]
+fn the_files_to_try_are_there() {
+    let text = fs::read_to_string(root().join("README.md")).expect("the README");
+    let help = Cli::command().find_subcommand_mut("demo").expect("demo").render_long_help();
+    let text = format!("{text}\n{help}");
+    let tried = text
+        .match_indices("demo /")
+        .map(|(at, _)| text[at + "demo ".len()..].split_whitespace().next().expect("a file"));
+    let tried: Vec<&str> = tried.collect();
+    assert_eq!(tried.len(), 2, "{tried:?}");
+    for file in tried {
+        assert!(fs::exists(file).expect("looked for"), "{file}");
     }
 }
 

@@ -9,7 +9,7 @@ use crate::clock::http_date;
 use crate::config::{ElasticsearchAuth, ElasticsearchConfig};
 use crate::destination::elasticsearch::{Cluster, Privileges, RequestError, Template, supported};
 use crate::record::{Day, IndexRule, TypeName};
-use crate::tls;
+use crate::tls::Leaf;
 
 /// Indices that a line names; the rest is counted.
 const NAMED_MAX: usize = 3;
@@ -49,7 +49,7 @@ async fn node(report: &mut Report, cluster: &Cluster, number: usize) -> io::Resu
     };
     report.ok("connection", of, "answered")?;
     if let Some(certificate) = &node.certificate {
-        report.certificate("tls", of, tls::not_after(certificate))?;
+        report.certificate("tls", of, Leaf::from_der(certificate))?;
     }
     match &node.version {
         Ok(version) => match supported(version) {

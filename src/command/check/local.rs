@@ -10,11 +10,12 @@ use rustix::fs::Access;
 use socket2::{Domain, Socket, Type};
 
 use super::Report;
-use crate::config::{Input, Listen, SourceConfig};
+use crate::config::{Identity, Input, Listen, SourceConfig};
 use crate::record::escape_path;
 use crate::source::files::discovery::sweep;
 use crate::source::{BindError, Place};
 use crate::state::{State, StateError};
+use crate::tls::{self, Acceptor, Leaf, ServerCertificate};
 
 /// Fewer datagrams than systemd's default are lost in any burst.
 const DATAGRAMS_MIN: u64 = 512;
@@ -89,7 +90,7 @@ pub(super) fn source(report: &mut Report, source: &SourceConfig, runs: Runs) -> 
         Input::HttpIntake { address } => port(report, name, *address, Type::STREAM, runs),
         Input::SyslogTcp { address, tls } => {
             port(report, name, *address, Type::STREAM, runs)?;
-            tls.as_ref().map_or(Ok(()), |tls| certificate(report, "tls", name, tls, None))
+            tls.as_ref().map_or(Ok(()), |tls| certificate(report, name, tls, Peer::Syslog))
         }
         // Whoever starts the service gives it its standard input.
         Input::Stdin | Input::SupervisorEvents => Ok(()),
@@ -144,6 +145,7 @@ fn files(report: &mut Report, source: &SourceConfig, pattern: &str) -> io::Resul
     let name = Some(source.name.as_str());
     let found = sweep(pattern);
     let mut readable = 0;
+    let mut links = 0;
     let mut refused = Vec::new();
     for path in &found.paths {
         let path = path.as_path();
@@ -155,6 +157,7 @@ fn files(report: &mut Report, source: &SourceConfig, pattern: &str) -> io::Resul
                  --follow-symlinks (follow_symlinks = true)"
             );
             report.warn(CHECK, name, message)?;
+            links += 1;
             continue;
         }
         // Opening a FIFO would wait for its writer.
@@ -184,6 +187,7 @@ fn files(report: &mut Report, source: &SourceConfig, pattern: &str) -> io::Resul
         return report.fail(CHECK, name, message);
     }
     match readable {
+        0 if links > 0 => Ok(()),
         0 => report.warn(CHECK, name, format!("{pattern:?} is no file yet; followed when it is")),
         1 => report.ok(CHECK, name, "1 file, readable"),
         count => report.ok(CHECK, name, format!("{count} files, readable")),
@@ -251,18 +255,34 @@ fn queue(report: &mut Report, of: Option<&str>) -> io::Result<()> {
     }
 }
 
+/// Who looks at a certificate of ours.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Peer<'a> {
+    /// Waybill's other side, which may have to show one that this authority signed.
+    Waybill(Option<&'a Path>),
+    /// Syslog's senders, some of which are less strict.
+    Syslog,
+}
+
 /// A certificate with its key, as a server of ours shows it.
 pub(super) fn certificate(
     report: &mut Report,
-    check: &str,
     of: Option<&str>,
-    files: &crate::config::Identity,
-    client_ca: Option<&Path>,
+    files: &Identity,
+    peer: Peer<'_>,
 ) -> io::Result<()> {
-    let end = crate::tls::ServerCertificate::for_http(files, client_ca)
-        .and_then(|_| crate::tls::end_of(&files.certificate));
-    match end {
-        Ok(end) => report.certificate(check, of, end),
-        Err(error) => report.fail(check, of, error.to_string()),
+    const CHECK: &str = "tls";
+    let opened = match peer {
+        Peer::Waybill(client_ca) => ServerCertificate::for_http(files, client_ca).map(drop),
+        Peer::Syslog => Acceptor::new(files).map(drop),
+    };
+    match opened.and_then(|()| tls::leaf_of_file(&files.certificate)) {
+        Err(error) => report.fail(CHECK, of, error.to_string()),
+        Ok(leaf) => match leaf.as_ref().and_then(Leaf::refusal) {
+            Some(fault) if peer != Peer::Syslog => {
+                report.fail(CHECK, of, format!("the certificate {fault}"))
+            }
+            _ => report.certificate(CHECK, of, leaf),
+        },
     }
 }

@@ -21,9 +21,13 @@ use crate::clock;
 use crate::config::{ConfigError, Environment, Loaded};
 use crate::exit::Exit;
 use crate::telemetry::escaped;
+use crate::tls::Leaf;
 
 /// A certificate or a token that ends sooner is warned of.
 const ENDS_SOON: Duration = Duration::from_secs(14 * 24 * 3600);
+
+/// Of the hosts that a certificate is for.
+const NAMES_SHOWN_MAX: usize = 4;
 
 const GREEN: &str = "\x1b[32m";
 const YELLOW: &str = "\x1b[33m";
@@ -149,22 +153,24 @@ impl Report {
         Ok(None)
     }
 
-    /// Until when a certificate is good.
-    fn certificate(
-        &mut self,
-        check: &str,
-        of: Option<&str>,
-        end: Option<Timestamp>,
-    ) -> io::Result<()> {
-        let Some(end) = end else {
-            return self.skip(check, of, "the certificate's end cannot be read");
+    /// What a certificate that a server shows is good for, and until when.
+    fn certificate(&mut self, check: &str, of: Option<&str>, leaf: Option<Leaf>) -> io::Result<()> {
+        let Some(leaf) = leaf else {
+            return self.skip(check, of, "the certificate's names and end cannot be read");
         };
+        let end = leaf.not_after();
         let day = end.strftime("%Y-%m-%d");
         let Ok(left) = Duration::try_from(end.duration_since(Timestamp::now())) else {
             return self.fail(check, of, format!("the certificate ended on {day}; renew it"));
         };
         let days = left.as_secs() / (24 * 3600);
-        let message = format!("the certificate is good until {day}, {days} days left");
+        let names = leaf.names();
+        let mut hosts = names[..names.len().min(NAMES_SHOWN_MAX)].join(", ");
+        if let Some(more @ 1..) = names.len().checked_sub(NAMES_SHOWN_MAX) {
+            hosts += &format!(" and {more} more");
+        }
+        let of_hosts = if hosts.is_empty() { hosts } else { format!(" for {hosts}") };
+        let message = format!("the certificate{of_hosts} is good until {day}, {days} days left");
         if left < ENDS_SOON {
             self.warn(check, of, format!("{message}; renew it"))
         } else {

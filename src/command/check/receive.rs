@@ -6,10 +6,11 @@ use std::path::Path;
 use jiff::Timestamp;
 use socket2::Type;
 
-use super::local::Runs;
+use super::local::{Peer, Runs};
 use super::{ENDS_SOON, Report, cluster, local, receiver};
 use crate::cli;
 use crate::config::{DestinationConfig, DialledSender, Environment, load_receive};
+use crate::destination::embedded;
 use crate::record::escape_path;
 use crate::tls;
 use crate::tokens::Tokens;
@@ -30,7 +31,7 @@ pub(super) async fn check(
         local::port(report, Some("metrics"), address, Type::STREAM, Runs::Unknown)?;
     }
     if let Some(tls) = &config.tls {
-        local::certificate(report, "tls", None, tls, config.client_ca.as_deref())?;
+        local::certificate(report, None, tls, Peer::Waybill(config.client_ca.as_deref()))?;
     }
     tokens(report, &config.tokens, "sender")?;
     for sender in &config.dials {
@@ -38,7 +39,11 @@ pub(super) async fn check(
     }
     match &config.destination {
         DestinationConfig::Embedded(store) => {
-            local::folder(report, "store", store.file.parent().unwrap_or(Path::new("/")))?;
+            const CHECK: &str = "store";
+            local::folder(report, CHECK, store.file.parent().unwrap_or(Path::new("/")))?;
+            if let Err(error) = embedded::look(&store.file) {
+                report.fail(CHECK, None, error.to_string())?;
+            }
         }
         DestinationConfig::Elasticsearch(elasticsearch) => {
             cluster::check(report, elasticsearch, &config.rule).await?;

@@ -9,7 +9,7 @@ use crate::clock::http_date;
 use crate::config::{DialConfig, Endpoint, SendConfig, SourceConfig};
 use crate::protocol::SUBPROTOCOL;
 use crate::record::escape_path;
-use crate::tls;
+use crate::tls::{self, Leaf};
 use crate::transport::{ConnectError, Offer, Socket, Steps, close, connect_noting};
 
 /// As long as a sender waits.
@@ -79,7 +79,7 @@ pub(super) fn way(
             report.fail("tls", of, failure())?;
             return Ok(false);
         };
-        report.certificate("tls", of, tls::not_after(certificate))?;
+        report.certificate("tls", of, Leaf::from_der(certificate))?;
     }
     Ok(true)
 }

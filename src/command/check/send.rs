@@ -2,6 +2,7 @@
 
 use socket2::Type;
 
+use super::local::Peer;
 use super::{Report, local, receive, receiver};
 use crate::cli;
 use crate::config::{ConnectionConfig, Environment, load_send};
@@ -32,7 +33,7 @@ pub(super) async fn check(
         ConnectionConfig::Listen(listening) => {
             local::listen(report, &listening.listen, runs)?;
             if let Some(tls) = &listening.tls {
-                local::certificate(report, "tls", None, tls, None)?;
+                local::certificate(report, None, tls, Peer::Waybill(None))?;
             }
             receive::tokens(report, &listening.tokens, "receiver")?;
         }

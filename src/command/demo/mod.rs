@@ -27,8 +27,11 @@ use crate::telemetry::escaped;
 
 use lines::Writer;
 use process::Process;
-use show::{Account, Receipts, say, step};
+use show::{Account, COUNTED_MAX, Receipts, say, step};
 use workshop::Workshop;
+
+/// How long the receiver answers nothing before it dies: what is on its way then is sent again.
+const FROZEN: Duration = Duration::from_millis(300);
 
 /// How long the receiver stays dead.
 const OUTAGE: Duration = Duration::from_secs(1);
@@ -37,12 +40,10 @@ const OUTAGE: Duration = Duration::from_secs(1);
 /// two attempts to connect.
 const STALLED: Duration = Duration::from_secs(90);
 
-/// Up to so many lines a search counts them one by one.
-const COUNTED_MAX: u64 = 10_000;
-
 /// Runs the demo until it is over, or until Ctrl-C.
 pub async fn run(args: cli::Demo, environment: Environment) -> anyhow::Result<Exit> {
     let mut terminate = signal(SignalKind::terminate())?;
+    let is_temporary = args.keep.is_none();
     let workshop = Workshop::make(args.keep.as_deref())?;
     let demo = Demo::new(args, environment, workshop)?;
     let mut processes = Processes::default();
@@ -53,7 +54,11 @@ pub async fn run(args: cli::Demo, environment: Environment) -> anyhow::Result<Ex
         _ = terminate.recv() => Ok(Exit::Failed),
     };
     processes.stop().await?;
-    say(format_args!("\nEverything lies in {}", escape_path(demo.workshop.dir())))?;
+    let folder = escape_path(demo.workshop.dir());
+    say(format_args!("\nEverything lies in {folder}"))?;
+    if is_temporary {
+        say(format_args!("When you have seen enough: rm -r {folder}"))?;
+    }
     exit
 }
 
@@ -153,7 +158,7 @@ impl Demo {
         let (read, acted) = tokio::join!(reading.read(stdout), acting);
         read?;
         acted.with_context(|| format!("the demo failed{}", sender.last_words()))?;
-        self.settle(&accounts).await
+        self.settle(&accounts, sender.resent_bytes().await).await
     }
 
     async fn make_token(&self) -> anyhow::Result<()> {
@@ -295,6 +300,8 @@ impl Demo {
         if progress.wait_for(|done| *done >= half).await.is_err() {
             return Ok(()); // over before the half
         }
+        receiver.freeze();
+        tokio::time::sleep(FROZEN).await;
         receiver.kill().await?;
         step("receiver killed with SIGKILL; writing goes on")?;
         tokio::time::sleep(OUTAGE).await;
@@ -305,17 +312,18 @@ impl Demo {
     }
 
     /// The account: counts, a search, where things lie, and what to try next.
-    async fn settle(&self, accounts: &[Account]) -> anyhow::Result<Exit> {
+    async fn settle(&self, accounts: &[Account], resent: Option<u64>) -> anyhow::Result<Exit> {
         let written: u64 = accounts.iter().map(|account| account.written).sum();
-        let found = match written {
-            1..=COUNTED_MAX => Some(self.count_found(written).await?),
-            _ => None,
-        };
+        let found = self.count_found(written.min(COUNTED_MAX)).await?;
         say(format_args!("\n{}", show::table(accounts)))?;
-        say("  already: sent again after the receiver died, recognised by its id, stored once")?;
-        match found {
-            Some(found) => say(format_args!("  a search for every line finds {found}"))?,
-            None => say("  too many lines, or none, to count them by a search")?,
+        if let Some(bytes) = resent {
+            say(format_args!("  {bytes} bytes were sent again, after the receiver died"))?;
+        }
+        say("  already: of those, what was stored before: known by its id, stored once")?;
+        if written > COUNTED_MAX {
+            say(format_args!("  a search, which counts no more than that, finds {found}"))?;
+        } else {
+            say(format_args!("  a search for every line finds {found}"))?;
         }
         let sample = if self.files.is_empty() { "shipped" } else { "" };
         say(format_args!("\n$ {} --limit 3", self.search_command(sample)))?;

@@ -21,7 +21,16 @@ pub(super) struct Process {
     name: &'static str,
     child: Child,
     log: PathBuf,
-    address: watch::Receiver<Option<String>>,
+    said: watch::Receiver<Said>,
+}
+
+/// What the demo takes from a process's log.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+struct Said {
+    /// Where it listens.
+    address: Option<String>,
+    /// What it had sent a second time when it ended, in bytes.
+    resent_bytes: Option<u64>,
 }
 
 impl Process {
@@ -45,9 +54,9 @@ impl Process {
             .spawn()
             .with_context(|| format!("cannot start the {name}"))?;
         let stderr = child.stderr.take().context("standard error was piped")?;
-        let (found, address) = watch::channel(None);
+        let (found, said) = watch::channel(Said::default());
         tokio::spawn(copy_log(BufReader::new(stderr), file, found));
-        Ok(Process { name, child, log: log.to_owned(), address })
+        Ok(Process { name, child, log: log.to_owned(), said })
     }
 
     /// Its standard output; once.
@@ -58,13 +67,19 @@ impl Process {
 
     /// The address that it logs when it listens.
     pub(super) async fn listening(&mut self) -> anyhow::Result<String> {
-        let mut address = self.address.clone();
-        let found = tokio::time::timeout(PATIENCE, address.wait_for(Option::is_some)).await;
-        match found {
-            Ok(Ok(address)) => Ok(address.clone().unwrap_or_default()),
+        let mut said = self.said.clone();
+        let listens = said.wait_for(|said| said.address.is_some());
+        match tokio::time::timeout(PATIENCE, listens).await {
+            Ok(Ok(said)) => Ok(said.address.clone().unwrap_or_default()),
             Ok(Err(_)) => bail!("the {} ended before it listened{}", self.name, self.last_words()),
             Err(_) => bail!("the {} does not listen yet{}", self.name, self.last_words()),
         }
+    }
+
+    /// What a sender that has ended sent a second time, in bytes; `None` where it did not say.
+    pub(super) async fn resent_bytes(&mut self) -> Option<u64> {
+        let said = self.said.wait_for(|said| said.resent_bytes.is_some()).await;
+        said.ok().and_then(|said| said.resent_bytes)
     }
 
     /// How it ended, if it has.
@@ -78,6 +93,19 @@ impl Process {
         self.child.wait().await.with_context(|| format!("cannot wait for the {name}"))
     }
 
+    /// SIGSTOP: it takes bytes, as far as the kernel does, and answers none.
+    pub(super) fn freeze(&self) {
+        self.signal(Signal::STOP);
+    }
+
+    fn signal(&self, signal: Signal) {
+        let pid = self.child.id().and_then(|id| Pid::from_raw(i32::try_from(id).ok()?));
+        if let Some(pid) = pid {
+            // It may have ended in between: then there is nothing to signal.
+            let _ = rustix::process::kill_process(pid, signal);
+        }
+    }
+
     /// SIGKILL: what a power cut does to a process.
     pub(super) async fn kill(&mut self) -> anyhow::Result<()> {
         let name = self.name;
@@ -86,11 +114,7 @@ impl Process {
 
     /// SIGTERM, and SIGKILL if that does not help.
     pub(super) async fn stop(&mut self) -> anyhow::Result<ExitStatus> {
-        let pid = self.child.id().and_then(|id| Pid::from_raw(i32::try_from(id).ok()?));
-        if let Some(pid) = pid {
-            // It may have ended in between: then there is nothing to stop.
-            let _ = rustix::process::kill_process(pid, Signal::TERM);
-        }
+        self.signal(Signal::TERM);
         if tokio::time::timeout(PATIENCE, self.child.wait()).await.is_err() {
             self.kill().await?;
         }
@@ -111,11 +135,11 @@ impl Process {
     }
 }
 
-/// Copies the log into its file, and tells the address at which the process listens.
+/// Copies the log into its file, and tells what the demo takes from it.
 async fn copy_log(
     mut stderr: BufReader<tokio::process::ChildStderr>,
     mut file: File,
-    found: watch::Sender<Option<String>>,
+    found: watch::Sender<Said>,
 ) {
     let mut line = Vec::new();
     loop {
@@ -127,16 +151,19 @@ async fn copy_log(
         // A full disk must not stop the process that logs: the pipe is read on.
         drop(file.write_all(&line).await);
         drop(file.flush().await);
-        if let Some(address) = listening_address(&line) {
-            found.send_replace(Some(address));
-        }
+        found.send_if_modified(|said| hear(said, &line).is_some());
     }
 }
 
-fn listening_address(line: &[u8]) -> Option<String> {
+/// `None` where the line says nothing that the demo takes.
+fn hear(said: &mut Said, line: &[u8]) -> Option<()> {
     let event: Value = serde_json::from_slice(line).ok()?;
-    event.get("message")?.as_str().filter(|message| message.contains("listening"))?;
-    Some(event.get("address")?.as_str()?.to_owned())
+    match event.get("message")?.as_str()? {
+        "listening" => said.address = Some(event.get("address")?.as_str()?.to_owned()),
+        "ended" => said.resent_bytes = Some(event.get("resent_bytes")?.as_u64()?),
+        _ => return None,
+    }
+    Some(())
 }
 
 #[cfg(test)]
@@ -144,10 +171,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_address_is_read_from_the_log() {
+    fn the_address_and_what_was_resent_are_read_from_the_log() {
+        let mut said = Said::default();
+        for line in ["listening at 127.0.0.1:1", r#"{"message":"dialled","address":"x"}"#] {
+            assert_eq!(hear(&mut said, line.as_bytes()), None);
+        }
+        assert_eq!(said, Said::default());
         let line = br#"{"level":"INFO","message":"listening","address":"127.0.0.1:4711"}"#;
-        assert_eq!(listening_address(line), Some("127.0.0.1:4711".to_owned()));
-        assert_eq!(listening_address(b"listening at 127.0.0.1:1"), None);
-        assert_eq!(listening_address(br#"{"message":"dialled","address":"x"}"#), None);
+        hear(&mut said, line).expect("heard");
+        hear(&mut said, br#"{"message":"ended","stored":3,"resent_bytes":40}"#).expect("heard");
+        let address = Some("127.0.0.1:4711".to_owned());
+        assert_eq!(said, Said { address, resent_bytes: Some(40) });
     }
 }

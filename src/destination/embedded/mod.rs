@@ -28,7 +28,7 @@ use crate::protocol::Verdict;
 
 use super::{Frame, Health, Queue};
 
-pub use schema::{StoreError, open_reader};
+pub use schema::{StoreError, look, open_reader};
 
 use files::Files;
 use retention::{Retention, Step};

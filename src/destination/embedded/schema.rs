@@ -4,10 +4,12 @@
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use percent_encoding::{NON_ALPHANUMERIC, percent_encode};
 use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior};
 use thiserror::Error;
 use tracing::info;
@@ -166,6 +168,12 @@ impl StoreError {
             _ => StoreError::Sqlite { path, source },
         }
     }
+
+    /// Whether the file must be another, or the program: trying again does not help.
+    pub fn is_of_another_kind(&self) -> bool {
+        use StoreError::{Newer, NotAStore, Older};
+        matches!(self, NotAStore(_) | Newer { .. } | Older { .. })
+    }
 }
 
 /// Opens a store for writing, makes it where it is missing, and reads its destination id.
@@ -192,6 +200,30 @@ pub fn open_reader(path: &Path) -> Result<Connection, StoreError> {
         Kind::Store => Ok(connection),
         Kind::Empty => Err(StoreError::NotAStore(path.to_owned())),
     }
+}
+
+/// Whether the file at `path`, where there is one, is a store or can become one. Makes nothing, and
+/// changes nothing.
+///
+/// # Errors
+///
+/// What the writer would fail with.
+pub fn look(path: &Path) -> Result<(), StoreError> {
+    if !path.exists() {
+        return Ok(());
+    }
+    // Where a log lies beside the file, both count. Else SQLite would make one to read by.
+    let mut log = path.as_os_str().to_owned();
+    log.push("-wal");
+    let mut uri = format!("file:{}", percent_encode(path.as_os_str().as_bytes(), NON_ALPHANUMERIC));
+    if !Path::new(&log).exists() {
+        uri += "?immutable=1";
+    }
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY
+        | OpenFlags::SQLITE_OPEN_NO_MUTEX
+        | OpenFlags::SQLITE_OPEN_URI;
+    let connection = Connection::open_with_flags(uri, flags);
+    kind(&connection.map_err(|source| StoreError::of(path, source))?, path).map(drop)
 }
 
 /// Makes the folder and an empty file that only its owner writes and its group reads: log lines

@@ -554,6 +554,26 @@ fn a_file_that_is_no_store_is_refused_and_left_alone() {
 }
 
 #[test]
+fn a_look_at_a_store_makes_nothing() {
+    let folder = folder();
+    let path = folder.path().join("store");
+    let files = || fs::read_dir(folder.path()).expect("a folder").count();
+    look(&path).expect("a store can be made");
+    fs::write(&path, "").expect("a file");
+    look(&path).expect("it can become one");
+    drop(open(&path));
+    assert_eq!(files(), 1);
+    look(&path).expect("a store");
+    assert_eq!(files(), 1);
+    let store = open(&path);
+    look(&path).expect("a store in use");
+    drop(store);
+    fs::write(&path, "some log line\n").expect("a file");
+    let error = look(&path).expect_err("no store");
+    assert!(matches!(error, StoreError::NotAStore(_)), "{error}");
+}
+
+#[test]
 fn a_newer_store_is_refused() {
     let folder = folder();
     let path = folder.path().join("store");

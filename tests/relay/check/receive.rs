@@ -1,13 +1,15 @@
 //! The receiver's side.
 
 use std::fs;
+use std::net::TcpStream;
+use std::process::Command;
 
 use serde_json::{Value, json};
 
-use super::{as_nobody, checked, ending, mode, receiver};
-use crate::support::servers::{Elasticsearch, Nginx, free_port};
+use super::{as_nobody, checked, ending, mode, receiver, sender};
+use crate::support::servers::{Elasticsearch, Nginx, free_port, have, wait_until};
 use crate::support::store::{run, wait_for_lines};
-use crate::support::waybill::{Bench, Certificates, Process, lines, waybill};
+use crate::support::waybill::{Bench, Certificates, PATIENCE, Process, lines, waybill};
 
 /// The way to a sender that is dialled, while a receiver has it.
 #[test]
@@ -100,6 +102,77 @@ fn what_a_receiver_lacks_is_said() {
     check.says("tls", "fail", "does not belong to certificate");
     check.says("tokens", "fail", "nobody may enter");
     check.says("configuration", "warn", "chmod 600");
+}
+
+#[test]
+fn a_file_that_is_no_store_is_said() {
+    let bench = Bench::new();
+    bench.token("test");
+    let notes = bench.write("notes.txt", "notes\n");
+    let check = checked(receiver(&bench, &["--store", "notes.txt"]));
+    check.fails(&["store"]);
+    check.says("store", "fail", "is not a Waybill store");
+    let mut command = waybill();
+    command.args(["receive", "--listen", "127.0.0.1:0", "--store"]).arg(&notes);
+    command.arg("--tokens").arg(bench.path("tokens.toml"));
+    let finished = run(command);
+    assert_eq!(finished.status.code(), Some(78), "{}", finished.stderr);
+    assert_eq!(fs::read_to_string(notes).expect("a file"), "notes\n");
+}
+
+/// Each way in which openssl makes a certificate that no sender takes: the receiver's check names it, and the sender's.
+#[test]
+fn a_certificate_that_senders_refuse_is_said_on_both_sides() {
+    if !have("openssl", "openssl") {
+        return;
+    }
+    let bench = Bench::new();
+    bench.token("test");
+    bench.write("app.log", "a line\n");
+    let openssl = |arguments: &str| {
+        let mut command = Command::new("openssl");
+        command.args(arguments.split(' ')).current_dir(bench.path(""));
+        run(command).ok();
+    };
+    let key =
+        "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout own.key -subj /CN=localhost";
+    let end = "-out own.pem -days 90";
+    let names = "-addext subjectAltName=DNS:localhost,IP:127.0.0.1";
+    let no_authority = "-addext basicConstraints=critical,CA:FALSE";
+    let cases = [
+        (format!("x509 -req -in own.csr -signkey own.key {end}"), "version 1"),
+        (format!("req -x509 {key} {end} {no_authority}"), "name"),
+        (format!("req -x509 {key} {end} {names}"), "CA:TRUE"),
+    ];
+    let tls = ["--tls-cert", "own.pem", "--tls-key", "own.key", "--store", "store.sqlite"];
+    openssl(&format!("req {key} -out own.csr"));
+    for (arguments, words) in cases {
+        openssl(&arguments);
+        let check = checked(receiver(&bench, &tls));
+        check.fails(&["tls"]);
+        check.says("tls", "fail", words);
+        let port = free_port();
+        let mut command = Command::new("openssl");
+        command.args(["s_server", "-www", "-cert", "own.pem", "-key", "own.key", "-accept"]);
+        command.arg(format!("127.0.0.1:{port}")).current_dir(bench.path(""));
+        let _server = Process::start("s_server", command, bench.path("openssl.log"));
+        wait_until("it listens", PATIENCE, || TcpStream::connect(("127.0.0.1", port)).is_ok());
+        let url = format!("wss://localhost:{port}/");
+        let check = checked(sender(&bench, &["app.log", "--ca", "own.pem", "--to", &url]));
+        check.fails(&["tls"]);
+        check.says("tls", "fail", words);
+    }
+    // Clients that are not ours may take it.
+    let mut command = waybill();
+    command.args(["receive", "--listen", "127.0.0.1:0", "--tokens"]).arg(bench.path("tokens.toml"));
+    command.args(tls).current_dir(bench.path(""));
+    let running = Process::start("receiver", command, bench.path("receiver.log"));
+    running.wait_for_log("other side refuses the certificate");
+    running.wait_for_log(" listening");
+    openssl(&format!("req -x509 {key} {end} {names} {no_authority}"));
+    let check = checked(receiver(&bench, &tls));
+    check.fails(&[]);
+    check.says("tls", "ok", "the certificate for localhost, 127.0.0.1 is good until ");
 }
 
 /// What `waybill setup` put there, and what others change; called for each version.
