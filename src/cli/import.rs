@@ -27,7 +27,7 @@ Examples:
     waybill import --from-logstash /var/lib/logstash/plugins/inputs/file \\
       '/var/log/nginx/*.log' --type nginx
 
-The pages under docs/migration go through the whole change.")]
+The pages under docs/migration (of the Debian package: /usr/share/doc/waybill/docs) go through the whole change.")]
 pub struct Import {
     /// Files and quoted patterns, as 'waybill send' will be given them
     #[arg(value_name = "FILE|PATTERN")]

@@ -98,7 +98,9 @@ Examples:
   Everything in a file, as the packaged service does:
     waybill send --config /etc/waybill/send.toml
 
-Flags go before keys of the file. Files and sockets named here are sent instead of the file's.
+Flags go before keys of the file. Files and sockets named here are sent instead of the file's. In the file alone: per-source \
+settings, 'rotated', labels, and 'idle_close', after which an idle connection is closed until there is something to send. \
+Every key: docs/examples/sender.toml.
 
 Signals:
   SIGTERM, SIGINT  stop reading, wait up to --drain-timeout for receipts, end; a second one ends at once
@@ -116,7 +118,7 @@ pub struct Send {
     pub config: Option<PathBuf>,
 
     /// Receiver: wss://HOST[:PORT]/PATH; on this machine also ws://127.0.0.1:PORT/ or ws+unix:PATH;
-    /// several are tried in order
+    /// several are tried in order. The name is resolved anew at each dial
     #[arg(long, value_name = "URL", value_parser = value::endpoint, help_heading = "Receiver")]
     pub to: Vec<Endpoint>,
     /// File that holds the token alone, as 'waybill token' printed it
@@ -313,7 +315,8 @@ Examples:
 Flags go before keys of the file.
 
 Any WebSocket client can hand over lines: under the subprotocol waybill.text.v1 each text message is one line, and each \
-answer one JSON receipt with the document's id. docs/protocol.md shows clients in Python and Node.
+answer one JSON receipt with the document's id. docs/protocol.md shows clients in Python and Node \
+(of the Debian package: /usr/share/doc/waybill/docs).
 
 Signals:
   SIGTERM, SIGINT  take nothing new, answer what has come, end; a second one ends at once
@@ -434,9 +437,11 @@ Examples:
   waybill check send /var/log/app.log --to wss://logs.example.com/ --token-file /etc/waybill/token"
     )]
     Send(Box<Send>),
-    /// Certificate, tokens; then the store, or Elasticsearch: version, rights, template, durability.
+    /// Certificate, tokens, ports; the way to dialled senders; the store, or Elasticsearch: version, rights, template.
     #[command(
-        long_about = "Checks what 'waybill receive' with the same arguments needs. A key that may only write \
+        long_about = "\
+Checks what 'waybill receive' with the same arguments needs: its certificate, tokens, ports and sockets; of each sender that is \
+dialled name, connection and certificate; then the store, or Elasticsearch: version, rights, template, durability. A key that may only write \
 cannot see the template: another may be given with --api-key-file.",
         after_long_help = "\
 Examples:

@@ -6,6 +6,8 @@
 
 use std::fmt::{Display, Write as _};
 
+use jiff::Timestamp;
+
 /// What a family of samples is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Kind {
@@ -36,6 +38,18 @@ impl Page {
     /// A family of one sample without labels.
     pub fn single(&mut self, name: &'static str, kind: Kind, help: &str, value: impl Display) {
         self.family(name, kind, help).sample(&[], value);
+    }
+
+    /// When the certificate ends that the other side is shown; nothing where none is.
+    pub fn certificate(&mut self, end: Option<Timestamp>) {
+        if let Some(end) = end {
+            self.single(
+                "waybill_certificate_expiry_timestamp_seconds",
+                Kind::Gauge,
+                "When the certificate ends that the other side is shown, in seconds since 1970.",
+                end.as_second(),
+            );
+        }
     }
 
     /// The whole page.

@@ -205,14 +205,7 @@ impl Report for Metrics {
                 "Whether the destination takes documents.",
                 u8::from(receiver.health.is_ready(receiver.memory_in_use())),
             );
-            if let Some(end) = certificate.and_then(|certificate| certificate.not_after()) {
-                page.single(
-                    "waybill_certificate_expiry_timestamp_seconds",
-                    Kind::Gauge,
-                    "When the certificate ends that senders are shown, in seconds since 1970.",
-                    end.as_second(),
-                );
-            }
+            page.certificate(certificate.and_then(|certificate| certificate.not_after()));
         }
         self.reloads.write(page);
     }

@@ -46,6 +46,13 @@ pub struct Address {
     listener: Listener,
 }
 
+impl Address {
+    /// What receivers are shown.
+    pub fn certificate(&self) -> Option<Arc<ServerCertificate>> {
+        self.listener.certificate().cloned()
+    }
+}
+
 /// A bound address to which receivers connect, and who may.
 pub struct Listening {
     config: ListenConfig,

@@ -1,13 +1,14 @@
 //! What a sender counts, for `--metrics` and for its summary.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use super::Summary;
 use super::window::Counted;
 use crate::metrics::{Counter, Kind, Lags, Page, PerLabel, Reloads, Report, write_build_info};
 use crate::spool::Budget;
+use crate::tls::ServerCertificate;
 
 /// What is counted of one source. Lines count once, when their receipt is final.
 #[derive(Debug, Default)]
@@ -65,6 +66,8 @@ pub struct Metrics {
     /// The state is open and sockets are bound, as far as they can be.
     pub ready: AtomicBool,
     budget: Arc<Budget>,
+    /// What receivers are shown that dial.
+    certificate: Mutex<Option<Arc<ServerCertificate>>>,
 }
 
 impl Metrics {
@@ -80,7 +83,17 @@ impl Metrics {
             left_bytes: AtomicU64::new(0),
             ready: AtomicBool::new(false),
             budget,
+            certificate: Mutex::default(),
         }
+    }
+
+    /// The certificate that is in force; none where the sender dials.
+    pub fn set_certificate(&self, certificate: Option<Arc<ServerCertificate>>) {
+        *self.certificate() = certificate;
+    }
+
+    fn certificate(&self) -> MutexGuard<'_, Option<Arc<ServerCertificate>>> {
+        self.certificate.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Bytes in copies of deleted files, and how many they may be.
@@ -239,6 +252,7 @@ impl Report for Metrics {
         ] {
             page.single(name, kind, help, value);
         }
+        page.certificate(self.certificate().as_ref().and_then(|shown| shown.not_after()));
         self.reloads.write(page);
     }
 

@@ -347,6 +347,7 @@ impl Sender {
             Opener::Dial(..) => None,
             Opener::Listen(listening) => Some(listening.address()),
         };
+        self.metrics.set_certificate(self.address.as_ref().and_then(Address::certificate));
         let connector = match opener {
             Opener::Dial(dial, trust) => {
                 let (connections, once) = (Arc::new(connections), config.once);

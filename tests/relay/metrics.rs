@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::support::servers::{free_port, http, root, unpacked, wait_until};
 use super::support::store::run;
-use super::support::waybill::{Bench, PATIENCE, Process, Receiver, lines, waybill};
+use super::support::waybill::{Bench, Certificates, PATIENCE, Process, Receiver, lines, waybill};
 
 /// The samples of a scrape, by name and labels as they are written.
 #[derive(Debug)]
@@ -243,6 +243,22 @@ fn metrics_for_other_machines_need_the_flag_that_names_the_danger() {
         assert_eq!(finished.status.code(), Some(78), "{}", finished.stderr);
         assert!(finished.stderr.contains("--metrics: 0.0.0.0:0 would tell"), "{}", finished.stderr);
     }
+}
+
+#[test]
+fn a_sender_that_listens_tells_when_its_certificate_ends() {
+    let bench = Bench::new();
+    bench.token("test");
+    Certificates::make(&bench.path(""));
+    let at = free_port();
+    let mut command = waybill();
+    command.args(["send", "app.log", "--listen", "127.0.0.1:0", "--tokens", "tokens.toml"]);
+    command.args(["--tls-cert", "server.pem", "--tls-key", "server.key", "--state-dir", "state"]);
+    command.args(["--metrics", &format!("127.0.0.1:{at}")]).current_dir(bench.path(""));
+    let sender = Process::start("sender", command, bench.path("sender.log"));
+    sender.wait_for_log("waiting for it");
+    let end = Scrape::of(at).get("waybill_certificate_expiry_timestamp_seconds");
+    assert!(end > 1.7e9, "{end}");
 }
 
 /// Prometheus's own tool.

@@ -76,6 +76,17 @@ fn it_installs_upgrades_removes_and_purges_without_losing_what_is_not_its_own() 
     for file in ["zsh/vendor-completions/_waybill", "fish/vendor_completions.d/waybill.fish"] {
         host.ok(&format!("grep -q token-file /usr/share/{file}"));
     }
+    // The links of the README, and what it runs.
+    let readme = host.ok("cat /usr/share/doc/waybill/README.md");
+    let targets = readme.split("](").skip(1).filter_map(|rest| rest.split([')', '#']).next());
+    let folders = ["docs/", "nginx/", "syslog-ng/"];
+    let targets: Vec<&str> =
+        targets.filter(|target| folders.iter().any(|folder| target.starts_with(folder))).collect();
+    assert!(targets.len() > 20, "{targets:?}");
+    for target in targets {
+        host.ok(&format!("test -e /usr/share/doc/waybill/{target}"));
+    }
+    host.ok("/usr/share/doc/waybill/scripts/install-many --help");
     // The units are there, and whether they start is the administrator's to say.
     let units = fs::read_dir(root().join("docs/examples/systemd")).expect("the units");
     let units: Vec<_> = units.map(|entry| entry.expect("an entry").file_name()).collect();
@@ -109,7 +120,7 @@ fn it_installs_upgrades_removes_and_purges_without_losing_what_is_not_its_own() 
     assert_eq!(stat("/etc/waybill"), "750 root:adm\n");
     assert_eq!(host.ok("cat /var/lib/waybill/store.sqlite"), "data\n");
 
-    host.ok("dpkg -r waybill");
+    assert!(host.ok("dpkg -r waybill").contains("stay in /var/lib/waybill"));
     assert_eq!(host.ok("cat /var/lib/waybill/store.sqlite /etc/waybill/token"), "data\nsecret\n");
     host.ok("! command -v waybill");
     host.ok("dpkg -i /tmp/later.deb && test -s /var/lib/waybill/store.sqlite");
