@@ -33,8 +33,11 @@ pub(super) async fn check(
     if let Some(tls) = &config.tls {
         local::certificate(report, None, tls, Peer::Waybill(config.client_ca.as_deref()))?;
     }
-    tokens(report, &config.tokens, "sender")?;
+    let tokens = tokens(report, &config.tokens, "sender")?;
     for sender in &config.dials {
+        if let Some(tokens) = &tokens {
+            entry(report, sender, tokens, &config.tokens)?;
+        }
         dialled(report, sender).await?;
     }
     match &config.destination {
@@ -50,6 +53,29 @@ pub(super) async fn check(
         }
     }
     Ok(())
+}
+
+/// Whether a sender that is dialled has the entry that says who it is.
+fn entry(
+    report: &mut Report,
+    sender: &DialledSender,
+    tokens: &Tokens,
+    file: &Path,
+) -> io::Result<()> {
+    let name = &sender.name;
+    if tokens.named(name, Timestamp::now()).is_some() {
+        return Ok(());
+    }
+    let is_over = tokens.entries().iter().any(|entry| entry.name == *name);
+    let (what, how) = match is_over {
+        true => ("is revoked or has expired", " --rotate"),
+        false => ("is not there", ""),
+    };
+    let message = format!(
+        "not dialled: its entry {name:?} {what}: waybill token {name:?} --tokens {}{how}",
+        escape_path(file)
+    );
+    report.fail("tokens", Some(&sender.endpoint.url), message)
 }
 
 /// A sender that is dialled, up to its certificate: an upgrade would take over from a receiver that
@@ -73,11 +99,12 @@ async fn dialled(report: &mut Report, sender: &DialledSender) -> io::Result<()> 
     Ok(())
 }
 
-pub(super) fn tokens(report: &mut Report, file: &Path, who: &str) -> io::Result<()> {
+/// Whom a tokens file lets in; gives its entries where it can be used.
+pub(super) fn tokens(report: &mut Report, file: &Path, who: &str) -> io::Result<Option<Tokens>> {
     const CHECK: &str = "tokens";
     let tokens = match Tokens::load(file) {
         Ok(tokens) => tokens,
-        Err(error) => return report.fail(CHECK, None, error.to_string()),
+        Err(error) => return report.fail(CHECK, None, error.to_string()).map(|()| None),
     };
     let now = Timestamp::now();
     let mut valid = 0;
@@ -96,9 +123,10 @@ pub(super) fn tokens(report: &mut Report, file: &Path, who: &str) -> io::Result<
         0 => {
             let path = escape_path(file);
             let message = format!("nobody may enter: waybill token NAME --tokens {path}");
-            report.fail(CHECK, None, message)
+            report.fail(CHECK, None, message)?;
         }
-        1 => report.ok(CHECK, None, format!("1 {who} may enter")),
-        valid => report.ok(CHECK, None, format!("{valid} {who}s may enter")),
+        1 => report.ok(CHECK, None, format!("1 {who} may enter"))?,
+        valid => report.ok(CHECK, None, format!("{valid} {who}s may enter"))?,
     }
+    Ok(Some(tokens))
 }

@@ -61,6 +61,23 @@ fn a_dialled_sender_is_reached_and_not_taken_over() {
     let nameless = check(&[&dial("nothing.invalid"), "--ca", &ca]);
     nameless.fails(&["name"]);
     nameless.says("name", "fail", "does not resolve");
+    let web_9 = format!("web-9=wss://localhost:{port}/");
+    let file = bench.path("tokens.toml").display().to_string();
+    let entry = |arguments: &[&str]| {
+        let mut command = waybill();
+        command.args(["token", "web-9", "--tokens", &file]).args(arguments);
+        run(command).ok();
+    };
+    for (what, mend) in [("is not there", &[][..]), ("is revoked", &["--rotate"])] {
+        let entryless = check(&[&web_9, "--ca", &ca]);
+        entryless.fails(&["tokens"]);
+        entryless.says("tokens", "fail", what);
+        let command = [&["waybill token \"web-9\" --tokens", &file][..], mend].concat().join(" ");
+        entryless.says("tokens", "fail", &command);
+        entry(mend);
+        check(&[&web_9, "--ca", &ca]).fails(&[]);
+        entry(&["--revoke"]);
+    }
 
     bench.append("app.log", (100..200).map(|n| format!("line {n}\n")).collect::<String>());
     wait_for_lines(&bench, 200);
