@@ -17,7 +17,7 @@ use crate::config::{Listen, ListenConfig};
 use crate::protocol::SUBPROTOCOL;
 use crate::record::{SenderId, escape_path};
 use crate::tls::{ServerCertificate, TlsError};
-use crate::tokens::{self, TokenHash, Tokens, TokensError};
+use crate::tokens::{self, Entry, TokenHash, Tokens, TokensError};
 use crate::transport::{
     Answer, BindError, Handler, Listener, Peer, Refuse, Request, Socket, close,
 };
@@ -164,12 +164,24 @@ async fn serve(
     next
 }
 
+/// Why a receiver may not enter with the valid token of this entry. A sender asks for no client
+/// certificate and no key, and must not let in by the token alone what is bound to one.
+pub fn receiver_refusal(entry: &Entry) -> Option<&'static str> {
+    if !entry.accepts(None) {
+        return Some("this token needs its client certificate, which a sender cannot check");
+    }
+    entry.chain_key.as_ref().map(|_| {
+        "this token is bound to a chain key, which a receiver cannot prove: use a token without \
+         one (waybill token NAME --rotate --no-chain-key)"
+    })
+}
+
 /// Waits until the token lets nobody in any more.
 async fn ended(mut tokens: watch::Receiver<Arc<Tokens>>, hash: &TokenHash) {
     while tokens
         .borrow_and_update()
         .find(hash, Timestamp::now())
-        .is_some_and(|entry| entry.accepts(None) && entry.chain_key.is_none())
+        .is_some_and(|entry| receiver_refusal(entry).is_none())
     {
         if tokens.changed().await.is_err() {
             // Nobody looks at the file any more: this process ends.
@@ -247,15 +259,8 @@ impl Admission {
         let (hash, entry) = found.ok_or_else(|| {
             Refuse::new(401, "the token is missing, unknown, expired or revoked\n")
         })?;
-        // This side asks for none, and must not let in by the token alone what is bound to one.
-        if !entry.accepts(None) {
-            let why = "this token needs its client certificate, which a sender cannot check\n";
-            return Err(Refuse::new(403, why));
-        }
-        if entry.chain_key.is_some() {
-            let why = "this token is bound to a chain key, which a receiver cannot prove: use a \
-                       token without one (waybill token NAME --rotate --no-chain-key)\n";
-            return Err(Refuse::new(403, why));
+        if let Some(why) = receiver_refusal(entry) {
+            return Err(Refuse::new(403, format!("{why}\n")));
         }
         if !request.offers(SUBPROTOCOL) {
             return Err(Refuse::new(

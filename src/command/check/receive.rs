@@ -13,7 +13,7 @@ use crate::config::{DestinationConfig, DialledSender, Environment, load_receive}
 use crate::destination::embedded;
 use crate::record::escape_path;
 use crate::tls;
-use crate::tokens::Tokens;
+use crate::tokens::{Entry, Tokens};
 use crate::transport::{Steps, reach};
 
 pub(super) async fn check(
@@ -33,7 +33,7 @@ pub(super) async fn check(
     if let Some(tls) = &config.tls {
         local::certificate(report, None, tls, Peer::Waybill(config.client_ca.as_deref()))?;
     }
-    let tokens = tokens(report, &config.tokens, "sender")?;
+    let tokens = tokens(report, &config.tokens, "sender", |_| None)?;
     for sender in &config.dials {
         if let Some(tokens) = &tokens {
             entry(report, sender, tokens, &config.tokens)?;
@@ -99,8 +99,14 @@ async fn dialled(report: &mut Report, sender: &DialledSender) -> io::Result<()> 
     Ok(())
 }
 
-/// Whom a tokens file lets in; gives its entries where it can be used.
-pub(super) fn tokens(report: &mut Report, file: &Path, who: &str) -> io::Result<Option<Tokens>> {
+/// Whom a tokens file lets in, but for those whose entry is refused, and why; gives its entries
+/// where it can be used.
+pub(super) fn tokens(
+    report: &mut Report,
+    file: &Path,
+    who: &str,
+    refusal: fn(&Entry) -> Option<&'static str>,
+) -> io::Result<Option<Tokens>> {
     const CHECK: &str = "tokens";
     let tokens = match Tokens::load(file) {
         Ok(tokens) => tokens,
@@ -109,6 +115,10 @@ pub(super) fn tokens(report: &mut Report, file: &Path, who: &str) -> io::Result<
     let now = Timestamp::now();
     let mut valid = 0;
     for entry in tokens.entries().iter().filter(|entry| entry.is_valid(now)) {
+        if let Some(why) = refusal(entry) {
+            report.warn(CHECK, None, format!("{:?} may not enter: {why}", entry.name))?;
+            continue;
+        }
         valid += 1;
         if let Some(end) = entry.expires.filter(|end| *end < now + ENDS_SOON) {
             let message = format!(
