@@ -14,7 +14,7 @@ use crate::destination::embedded;
 use crate::record::escape_path;
 use crate::tls;
 use crate::tokens::{Entry, Tokens};
-use crate::transport::{Steps, reach};
+use crate::transport::{ConnectError, Steps, ask};
 
 pub(super) async fn check(
     args: cli::Receive,
@@ -78,25 +78,33 @@ fn entry(
     report.fail("tokens", Some(&sender.endpoint.url), message)
 }
 
-/// A sender that is dialled, up to its certificate: an upgrade would take over from a receiver that
-/// runs.
+/// A sender that is dialled: the way, and whether it takes the token, which is asked without an
+/// upgrade.
 async fn dialled(report: &mut Report, sender: &DialledSender) -> io::Result<()> {
-    let DialledSender { endpoint, ca, .. } = sender;
+    let DialledSender { endpoint, token_file, ca, .. } = sender;
     let of = Some(endpoint.url.as_str());
+    let Some(token) = receiver::token(report, of, token_file)? else { return Ok(()) };
     let tls = match endpoint.tls.then(|| tls::client_config(ca.as_deref(), None)).transpose() {
         Ok(tls) => tls,
         Err(error) => return report.fail("tls", of, error.to_string()),
     };
     let mut steps = Steps::default();
-    let reached = reach(endpoint, tls, receiver::TIMEOUT, &mut steps)
+    let asked = ask(endpoint, tls, token.trim(), receiver::TIMEOUT, &mut steps)
         .await
         .map_err(|error| error.trusting(ca.as_deref()));
-    if receiver::way(report, endpoint, &steps, reached.as_ref().err())? {
-        let message = "not tried: it would take over from a receiver that runs";
-        report.skip("upgrade", of, message)?;
-        report.skip("token", of, message)?;
+    if !receiver::way(report, endpoint, &steps, asked.as_ref().err())? {
+        return Ok(());
     }
-    Ok(())
+    match asked {
+        Ok(()) => report.ok("token", of, "accepted")?,
+        Err(error @ (ConnectError::Token | ConnectError::Refused { status: 401 | 403, .. })) => {
+            report.fail("token", of, error.to_string())?
+        }
+        Err(error) => return report.fail("upgrade", of, error.to_string()),
+    }
+    let message = "not tried: it would take over from a receiver that runs";
+    report.skip("upgrade", of, message)?;
+    receiver::clock(report, of, "the sender's", &steps)
 }
 
 /// Whom a tokens file lets in, but for those whose entry is refused, and why; gives its entries
