@@ -75,7 +75,7 @@ fn sender(bench: &Bench, change: impl FnOnce(&mut Command)) -> Process {
     Process::start("sender", command, bench.path("sender.log"))
 }
 
-fn receiver(bench: &Bench, port: u16) -> Process {
+fn receiver(bench: &Bench, port: u16, change: impl FnOnce(&mut Command)) -> Process {
     bench.token("test");
     bench.write("receive.toml", format!("listen = '127.0.0.1:{port}'\n"));
     let mut command = waybill();
@@ -83,6 +83,7 @@ fn receiver(bench: &Bench, port: u16) -> Process {
     command.arg("--tokens").arg(bench.path("tokens.toml"));
     command.arg("--store").arg(bench.path("store.sqlite"));
     Manager::watch(bench, &mut command);
+    change(&mut command);
     Process::start("receiver", command, bench.path("receiver.log"))
 }
 
@@ -128,7 +129,7 @@ fn a_receiver_says_when_it_is_ready_reloads_and_stops() {
     let bench = Bench::new();
     let manager = Manager::new(&bench);
     let port = free_port();
-    let mut receiver = receiver(&bench, port);
+    let mut receiver = receiver(&bench, port, |_| {});
     assert_eq!(manager.hear(), "READY=1");
     std::net::TcpStream::connect(("127.0.0.1", port)).expect("ready before it listens");
     bench.write("receive.toml", format!("listen = '127.0.0.1:{port}'\ncredit = '16MiB'\n"));
@@ -143,29 +144,31 @@ fn a_receiver_says_when_it_is_ready_reloads_and_stops() {
 #[test]
 fn the_watchdog_is_fed_as_long_as_the_process_runs() {
     const INTERVAL: Duration = Duration::from_millis(300);
-    let bench = Bench::new();
-    let manager = Manager::new(&bench);
-    let mut sender = sender(&bench, |command| {
+    let watched = |command: &mut Command| {
         command.env("WATCHDOG_USEC", INTERVAL.as_micros().to_string());
-    });
-    assert_eq!(manager.hear_news(), "READY=1");
-    for _ in 0..10 {
+    };
+    for side in [SENDER, RECEIVER] {
+        let bench = Bench::new();
+        let manager = Manager::new(&bench);
+        let mut process = match side {
+            SENDER => sender(&bench, watched),
+            _ => receiver(&bench, free_port(), watched),
+        };
+        assert_eq!(manager.hear_news(), "READY=1");
+        for _ in 0..10 {
+            assert_eq!(manager.hear(), "WATCHDOG=1");
+        }
+        // Hung, as far as a service manager can see: nothing comes for longer than it waits.
+        process.freeze();
+        manager.forget();
+        manager.socket.set_read_timeout(Some(2 * INTERVAL)).expect("a timeout");
+        let silence = manager.socket.recv(&mut [0; 64]).expect_err("it is hung");
+        assert_eq!(silence.kind(), io::ErrorKind::WouldBlock);
+        manager.socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        process.signal("-CONT");
         assert_eq!(manager.hear(), "WATCHDOG=1");
+        assert!(process.stop().success());
     }
-    // Hung, as far as a service manager can see: nothing comes for longer than it waits.
-    sender.signal("-STOP");
-    let state = format!("/proc/{}/stat", sender.id());
-    wait_until("it stands still", PATIENCE, || {
-        fs::read_to_string(&state).is_ok_and(|text| text.contains(") T "))
-    });
-    manager.forget();
-    manager.socket.set_read_timeout(Some(2 * INTERVAL)).expect("a timeout");
-    let silence = manager.socket.recv(&mut [0; 64]).expect_err("it is hung");
-    assert_eq!(silence.kind(), io::ErrorKind::WouldBlock);
-    manager.socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
-    sender.signal("-CONT");
-    assert_eq!(manager.hear(), "WATCHDOG=1");
-    assert!(sender.stop().success());
 }
 
 // --- The shipped units -----------------------------------------------------------------------------------------------
