@@ -46,6 +46,7 @@ pub mod backoff;
 pub mod clock;
 pub mod config;
 pub mod descriptors;
+pub mod inherited;
 pub mod metrics;
 pub mod shutdown;
 pub mod stamp;

@@ -323,7 +323,8 @@ Signals:
   SIGHUP           put a changed --config file in force, or refuse it and go on as before
 
 systemd: waybill-receive.service is ready (Type=notify) when it listens, is reloaded by 'systemctl reload' and watched \
-(WatchdogSec=). Whether the destination answers stands in /health/ready.")]
+(WatchdogSec=). The socket of waybill-receive.socket is found by its path (LISTEN_FDS). Whether the destination \
+answers stands in /health/ready.")]
 pub struct Receive {
     /// Read all of this from a TOML file
     #[arg(long, value_name = "FILE")]

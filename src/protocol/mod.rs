@@ -27,6 +27,10 @@ pub const TYPES_HEADER: &str = "waybill-types";
 /// A longer list is left out of the header, in bytes: proxies bound an answer's headers.
 pub const TYPES_HEADER_BYTES_MAX: usize = 2 << 10;
 
+/// What a sender that listens answers, with a newline, to a request that is no upgrade and shows a
+/// token that lets in.
+pub const TOKEN_LETS_IN: &str = "this token lets in";
+
 /// Protocol version in `hello` and `welcome`; versions may differ by one.
 pub const VERSION: u32 = 1;
 

@@ -14,10 +14,10 @@ use tracing::{info, warn};
 
 use super::connection::{Close, Connections, GreetError};
 use crate::config::{Listen, ListenConfig};
-use crate::protocol::SUBPROTOCOL;
+use crate::protocol::{SUBPROTOCOL, TOKEN_LETS_IN};
 use crate::record::{SenderId, escape_path};
 use crate::tls::{ServerCertificate, TlsError};
-use crate::tokens::{self, TokenHash, Tokens, TokensError};
+use crate::tokens::{self, Entry, TokenHash, Tokens, TokensError};
 use crate::transport::{
     Answer, BindError, Handler, Listener, Peer, Refuse, Request, Socket, close,
 };
@@ -171,12 +171,24 @@ async fn serve(
     next
 }
 
+/// Why a receiver may not enter with the valid token of this entry. A sender asks for no client
+/// certificate and no key, and must not let in by the token alone what is bound to one.
+pub fn receiver_refusal(entry: &Entry) -> Option<&'static str> {
+    if !entry.accepts(None) {
+        return Some("this token needs its client certificate, which a sender cannot check");
+    }
+    entry.chain_key.as_ref().map(|_| {
+        "this token is bound to a chain key, which a receiver cannot prove: use a token without \
+         one (waybill token NAME --rotate --no-chain-key)"
+    })
+}
+
 /// Waits until the token lets nobody in any more.
 async fn ended(mut tokens: watch::Receiver<Arc<Tokens>>, hash: &TokenHash) {
     while tokens
         .borrow_and_update()
         .find(hash, Timestamp::now())
-        .is_some_and(|entry| entry.accepts(None) && entry.chain_key.is_none())
+        .is_some_and(|entry| receiver_refusal(entry).is_none())
     {
         if tokens.changed().await.is_err() {
             // Nobody looks at the file any more: this process ends.
@@ -212,19 +224,20 @@ impl Handler for Admission {
     type Session = Guest;
 
     fn answer(&self, request: &Request) -> Answer<Guest> {
-        if !request.is_upgrade() {
-            return Answer::Refuse(plain(request));
-        }
-        match self.admit(request) {
-            Ok(session) => {
-                Answer::Accept { subprotocol: SUBPROTOCOL, challenge: None, types: None, session }
-            }
-            Err(refuse) => {
-                let why = refuse.body.trim_end();
-                info!(peer = %request.peer(), status = refuse.status, why, "refused");
-                Answer::Refuse(refuse)
-            }
-        }
+        let answered = match request.is_upgrade() {
+            true => self.admit(request).map(|session| Answer::Accept {
+                subprotocol: SUBPROTOCOL,
+                challenge: None,
+                types: None,
+                session,
+            }),
+            false => self.plain(request).map(Answer::Refuse),
+        };
+        answered.unwrap_or_else(|refuse| {
+            let why = refuse.body.trim_end();
+            info!(peer = %request.peer(), status = refuse.status, why, "refused");
+            Answer::Refuse(refuse)
+        })
     }
 
     async fn serve(self: Arc<Self>, guest: Guest, socket: Socket) {
@@ -233,37 +246,24 @@ impl Handler for Admission {
     }
 }
 
-/// Requests that ask for no WebSocket.
-fn plain(request: &Request) -> Refuse {
-    match (request.is_get(), request.path()) {
-        (true, "/health/live") => Refuse::new(200, "live\n"),
-        (true, _) => Refuse::new(426, "this is a Waybill sender: it speaks WebSocket only\n"),
-        (false, _) => Refuse::new(404, "this is a Waybill sender: it takes no uploads\n"),
-    }
-}
-
 impl Admission {
+    /// Requests that ask for no WebSocket. One with a token hears what an upgrade would, and no
+    /// more; whoever has the seat keeps it.
+    fn plain(&self, request: &Request) -> Result<Refuse, Refuse> {
+        Ok(match (request.is_get(), request.path()) {
+            (true, "/health/live") => Refuse::new(200, "live\n"),
+            (true, _) if request.bearer().is_some() => {
+                authenticate(&self.tokens.borrow(), request)?;
+                Refuse::new(200, format!("{TOKEN_LETS_IN}\n"))
+            }
+            (true, _) => Refuse::new(426, "this is a Waybill sender: it speaks WebSocket only\n"),
+            (false, _) => Refuse::new(404, "this is a Waybill sender: it takes no uploads\n"),
+        })
+    }
+
     fn admit(&self, request: &Request) -> Result<Guest, Refuse> {
-        // A browser says where its page is from; a page has no business here, whatever it knows.
-        if request.has_header("origin") {
-            return Err(Refuse::new(403, "requests of web pages are refused (header Origin)\n"));
-        }
         let tokens = Arc::clone(&self.tokens.borrow());
-        let hash = request.bearer().map(tokens::hash);
-        let found = hash.and_then(|hash| Some((hash, tokens.find(&hash, Timestamp::now())?)));
-        let (hash, entry) = found.ok_or_else(|| {
-            Refuse::new(401, "the token is missing, unknown, expired or revoked\n")
-        })?;
-        // This side asks for none, and must not let in by the token alone what is bound to one.
-        if !entry.accepts(None) {
-            let why = "this token needs its client certificate, which a sender cannot check\n";
-            return Err(Refuse::new(403, why));
-        }
-        if entry.chain_key.is_some() {
-            let why = "this token is bound to a chain key, which a receiver cannot prove: use a \
-                       token without one (waybill token NAME --rotate --no-chain-key)\n";
-            return Err(Refuse::new(403, why));
-        }
+        let (hash, entry) = authenticate(&tokens, request)?;
         if !request.offers(SUBPROTOCOL) {
             return Err(Refuse::new(
                 400,
@@ -274,6 +274,25 @@ impl Admission {
             Refuse::later(503, "another receiver is connected: stand by\n", STANDBY)
         })?;
         Ok(Guest { name: entry.name.clone(), hash, peer: request.peer(), seat })
+    }
+}
+
+/// The token that a request shows, and its entry.
+fn authenticate<'a>(
+    tokens: &'a Tokens,
+    request: &Request,
+) -> Result<(TokenHash, &'a Entry), Refuse> {
+    // A browser says where its page is from; a page has no business here, whatever it knows.
+    if request.has_header("origin") {
+        return Err(Refuse::new(403, "requests of web pages are refused (header Origin)\n"));
+    }
+    let hash = request.bearer().map(tokens::hash);
+    let found = hash.and_then(|hash| Some((hash, tokens.find(&hash, Timestamp::now())?)));
+    let (hash, entry) = found
+        .ok_or_else(|| Refuse::new(401, "the token is missing, unknown, expired or revoked\n"))?;
+    match receiver_refusal(entry) {
+        Some(why) => Err(Refuse::new(403, format!("{why}\n"))),
+        None => Ok((hash, entry)),
     }
 }
 

@@ -50,6 +50,7 @@ use dial::{Dialler, LinkError};
 use follow::Follower;
 use intakes::{Intakes, Needed};
 use link::Links;
+pub use listen::receiver_refusal;
 use listen::{Address, ListenError, Listening};
 pub use metrics::Metrics;
 use origin::{FileOrigin, Origin};

@@ -7,7 +7,6 @@ pub mod datagram;
 mod drops;
 mod framer;
 pub mod http_intake;
-mod inherited;
 mod room;
 mod socket;
 pub mod stdin;

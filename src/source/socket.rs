@@ -15,7 +15,7 @@ use rustix::io::Errno;
 use rustix::net::SocketType;
 use tokio_util::sync::CancellationToken;
 
-use super::inherited::{self, Passed};
+use crate::inherited::{self, Passed};
 use crate::record::{RECORD_BYTES_MAX, escape_path};
 use crate::spool::{Spool, SpoolError};
 use crate::tls::TlsError;
@@ -170,7 +170,6 @@ impl SocketFile {
         let failed = |source| BindError::io(path, source);
         match inherited::take(path, kind).map_err(failed)? {
             Passed::Socket(passed) => {
-                tracing::info!(socket = %escape_path(path), "taken from the service manager");
                 return Ok((S::from(passed), SocketFile { path: path.to_owned(), identity: None }));
             }
             Passed::OtherType => return Err(BindError::PassedType { path: escape_path(path) }),

@@ -1,5 +1,6 @@
 //! Dialling: resolve, connect, TLS, HTTP upgrade.
 
+use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -15,6 +16,7 @@ use hyper::header::{
     RETRY_AFTER, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_PROTOCOL,
     SEC_WEBSOCKET_VERSION, SERVER, UPGRADE, USER_AGENT,
 };
+use hyper::http::request;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
@@ -28,7 +30,7 @@ use super::proxy::tunnel;
 use super::socket::Socket;
 use super::stream::Io;
 use crate::config::{Endpoint, EndpointAddress};
-use crate::protocol::{CHALLENGE_HEADER, Challenge, TYPES_HEADER};
+use crate::protocol::{CHALLENGE_HEADER, Challenge, TOKEN_LETS_IN, TYPES_HEADER};
 
 /// Bytes of a refusal's body that are shown.
 const EXCERPT_BYTES: usize = 200;
@@ -109,17 +111,21 @@ pub async fn connect_noting(
     tokio::time::timeout(timeout, attempt).await.map_err(|_| timed_out(endpoint, timeout))?
 }
 
-/// Goes as far as one can without a word to the server: name, connection, TLS. Notes how far it came.
-pub async fn reach(
+/// Asks a sender that listens whether the token lets in. That is no upgrade, so that whoever is
+/// connected stays. Notes how far it came.
+pub async fn ask(
     endpoint: &Endpoint,
     tls: Option<Arc<ClientConfig>>,
+    token: &str,
     timeout: Duration,
     steps: &mut Steps,
 ) -> Result<(), ConnectError> {
-    match tokio::time::timeout(timeout, open(endpoint, tls, steps)).await {
-        Ok(opened) => opened.map(drop),
-        Err(_) => Err(timed_out(endpoint, timeout)),
-    }
+    let attempt = async {
+        let io = open(endpoint, tls, steps).await?;
+        let request = request(endpoint, token)?.header(CONNECTION, "close");
+        exchange(endpoint, io, request, steps, lets_in).await
+    };
+    tokio::time::timeout(timeout, attempt).await.map_err(|_| timed_out(endpoint, timeout))?
 }
 
 fn timed_out(endpoint: &Endpoint, after: Duration) -> ConnectError {
@@ -230,8 +236,35 @@ async fn upgrade(
     getrandom::fill(&mut nonce)
         .map_err(|_| endpoint_error(endpoint, "the system has no random bytes"))?;
     let key = STANDARD.encode(nonce);
-    let request = request(endpoint, offer, &key)?;
+    let mut request = request(endpoint, offer.token)?
+        .header(CONNECTION, "Upgrade")
+        .header(UPGRADE, "websocket")
+        .header(SEC_WEBSOCKET_VERSION, "13")
+        .header(SEC_WEBSOCKET_KEY, &key)
+        .header(SEC_WEBSOCKET_PROTOCOL, offer.subprotocol);
+    if let Some(challenge) = offer.challenge {
+        request = request.header(CHALLENGE_HEADER, challenge.text());
+    }
+    let accepted = |response| accept(response, offer.subprotocol, &key);
+    let (upgraded, challenge) = exchange(endpoint, io, request, steps, accepted).await?;
+    let parts = upgraded
+        .downcast::<TokioIo<Io>>()
+        .map_err(|_| endpoint_error(endpoint, "the upgrade gave another stream back"))?;
+    let socket = Socket::client(parts.io.into_inner(), parts.read_buf).await;
+    Ok(socket.challenged(challenge).dated(steps.date.clone()))
+}
 
+/// Sends a request, and takes of the answer what `read` makes of it.
+async fn exchange<T, F: Future<Output = Result<T, ConnectError>>>(
+    endpoint: &Endpoint,
+    io: Io,
+    request: request::Builder,
+    steps: &mut Steps,
+    read: impl FnOnce(Response<Body>) -> F,
+) -> Result<T, ConnectError> {
+    let request = request
+        .body(Empty::<Bytes>::new())
+        .map_err(|_| endpoint_error(endpoint, "its host or path is no HTTP request"))?;
     let (mut client, connection) = hyper::client::conn::http1::Builder::new()
         .max_buf_size(HEADER_BYTES_MAX)
         .handshake(TokioIo::new(io))
@@ -242,51 +275,30 @@ async fn upgrade(
         let response =
             client.send_request(request).await.map_err(|error| broken(endpoint, error))?;
         steps.note_answer(&response);
-        let (upgraded, challenge) = accept(response, offer.subprotocol, &key).await?;
-        Ok((upgraded, challenge, steps.date.clone()))
+        read(response).await
     };
     let mut exchange = std::pin::pin!(exchange);
     // Both run here, so that a dropped attempt leaves no task behind.
-    let upgraded = tokio::select! {
+    tokio::select! {
         biased;
-        upgraded = &mut exchange => upgraded,
+        read = &mut exchange => read,
         _ = connection => exchange.await,
-    };
-    let (upgraded, challenge, date) = upgraded?;
-    let parts = upgraded
-        .downcast::<TokioIo<Io>>()
-        .map_err(|_| endpoint_error(endpoint, "the upgrade gave another stream back"))?;
-    let socket = Socket::client(parts.io.into_inner(), parts.read_buf).await;
-    Ok(socket.challenged(challenge).dated(date))
+    }
 }
 
 fn endpoint_error(endpoint: &Endpoint, reason: &'static str) -> ConnectError {
     ConnectError::Endpoint { url: endpoint.url.clone(), reason }
 }
 
-fn request(
-    endpoint: &Endpoint,
-    offer: &Offer<'_>,
-    key: &str,
-) -> Result<Request<Empty<Bytes>>, ConnectError> {
-    let mut authorization = HeaderValue::from_str(&format!("Bearer {}", offer.token))
-        .map_err(|_| ConnectError::Token)?;
+/// A request with the token.
+fn request(endpoint: &Endpoint, token: &str) -> Result<request::Builder, ConnectError> {
+    let mut authorization =
+        HeaderValue::from_str(&format!("Bearer {token}")).map_err(|_| ConnectError::Token)?;
     authorization.set_sensitive(true);
-    let mut request = Request::get(&endpoint.path)
+    Ok(Request::get(&endpoint.path)
         .header(HOST, &endpoint.host)
-        .header(CONNECTION, "Upgrade")
-        .header(UPGRADE, "websocket")
-        .header(SEC_WEBSOCKET_VERSION, "13")
-        .header(SEC_WEBSOCKET_KEY, key)
-        .header(SEC_WEBSOCKET_PROTOCOL, offer.subprotocol)
         .header(AUTHORIZATION, authorization)
-        .header(USER_AGENT, AGENT);
-    if let Some(challenge) = offer.challenge {
-        request = request.header(CHALLENGE_HEADER, challenge.text());
-    }
-    request
-        .body(Empty::new())
-        .map_err(|_| endpoint_error(endpoint, "its host or path is no HTTP request"))
+        .header(USER_AGENT, AGENT))
 }
 
 /// Checks the answer to the upgrade (RFC 6455 §4.1).
@@ -313,6 +325,20 @@ async fn accept(
     let challenge = challenge.and_then(Challenge::parse);
     let upgraded = hyper::upgrade::on(response).await.map_err(ConnectError::Broken)?;
     Ok((upgraded, challenge))
+}
+
+/// Checks the answer about a token; a page that somebody else shows is none.
+async fn lets_in(response: Response<Body>) -> Result<(), ConnectError> {
+    if response.status() != StatusCode::OK {
+        return Err(refusal(response).await);
+    }
+    match excerpt(response.into_body()).await {
+        body if body == TOKEN_LETS_IN => Ok(()),
+        body => {
+            let reason = "the server answered something else than a sender that listens";
+            Err(ConnectError::NotWaybill { status: 200, reason, body })
+        }
+    }
 }
 
 async fn refusal(response: Response<Body>) -> ConnectError {

@@ -21,6 +21,7 @@ use hyper::header::{
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper::{Response, StatusCode};
 use hyper_util::rt::TokioIo;
+use rustix::net::SocketType;
 use rustls::ServerConfig;
 use rustls::pki_types::CertificateDer;
 use thiserror::Error;
@@ -39,6 +40,7 @@ use super::socket::Socket;
 use super::stream::{Io, Stream};
 use crate::config::Listen;
 use crate::descriptors;
+use crate::inherited::{self, Passed};
 use crate::protocol::{CHALLENGE_HEADER, Challenge, TYPES_HEADER};
 use crate::tls::{self, ServerCertificate};
 
@@ -80,6 +82,14 @@ pub enum BindError {
     /// The path holds something that is not a socket.
     #[error("{0} exists and is no socket: move it away, or choose another path")]
     NotASocket(PathBuf),
+    /// A service manager bound it, and not as we need it.
+    #[error(
+        "{address}: the service manager passed a socket of another type: its unit needs ListenStream="
+    )]
+    PassedType {
+        /// As configured.
+        address: String,
+    },
     /// Anything else.
     #[error("{address} cannot be bound: {source}")]
     Other {
@@ -123,19 +133,21 @@ enum Bound {
 #[derive(Debug)]
 struct SocketFile {
     path: PathBuf,
-    inode: u64,
+    /// `None` where a service manager bound it and keeps it.
+    inode: Option<u64>,
 }
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        if std::fs::symlink_metadata(&self.path).is_ok_and(|file| file.ino() == self.inode) {
+        if std::fs::symlink_metadata(&self.path).is_ok_and(|file| Some(file.ino()) == self.inode) {
             let _ = std::fs::remove_file(&self.path);
         }
     }
 }
 
 impl Listener {
-    /// Binds. A Unix socket left behind by a process that is gone is replaced.
+    /// Binds, or takes the Unix socket that a service manager passed. One left behind by a process
+    /// that is gone is replaced.
     pub fn bind(
         listen: &Listen,
         tls: Option<Arc<ServerCertificate>>,
@@ -309,12 +321,24 @@ fn bind_tcp(address: SocketAddr) -> io::Result<Bound> {
 }
 
 fn bind_unix(path: &Path) -> Result<Bound, BindError> {
-    let fault = |source| BindError::new(format!("unix:{}", path.display()), source);
+    let address = || format!("unix:{}", path.display());
+    let fault = |source| BindError::new(address(), source);
+    match inherited::take(path, SocketType::STREAM).map_err(fault)? {
+        Passed::Socket(passed) => {
+            let listener = std::os::unix::net::UnixListener::from(passed);
+            listener.set_nonblocking(true).map_err(fault)?;
+            let listener = UnixListener::from_std(listener).map_err(fault)?;
+            let file = SocketFile { path: path.to_owned(), inode: None };
+            return Ok(Bound::Unix { listener, file });
+        }
+        Passed::OtherType => return Err(BindError::PassedType { address: address() }),
+        Passed::No => {}
+    }
     remove_stale(path).map_err(fault).and_then(|is_socket| {
         is_socket.then_some(()).ok_or_else(|| BindError::NotASocket(path.to_owned()))
     })?;
     let listener = UnixListener::bind(path).map_err(fault)?;
-    let inode = std::fs::symlink_metadata(path).map_err(fault)?.ino();
+    let inode = Some(std::fs::symlink_metadata(path).map_err(fault)?.ino());
     let file = SocketFile { path: path.to_owned(), inode };
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(SOCKET_MODE)).map_err(fault)?;
     Ok(Bound::Unix { listener, file })

@@ -90,7 +90,7 @@ fn it_installs_upgrades_removes_and_purges_without_losing_what_is_not_its_own() 
     // The units are there, and whether they start is the administrator's to say.
     let units = fs::read_dir(root().join("docs/examples/systemd")).expect("the units");
     let units: Vec<_> = units.map(|entry| entry.expect("an entry").file_name()).collect();
-    assert_eq!(units.len(), 3, "{units:?}");
+    assert_eq!(units.len(), 4, "{units:?}");
     for unit in units {
         let unit = unit.into_string().expect("a name");
         host.ok(&format!("test -f /usr/lib/systemd/system/{unit}"));

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::IpAddr;
+use std::path::Path;
 use std::time::Duration;
 
 use super::Report;
@@ -24,13 +25,7 @@ pub(super) async fn check(
     config: &SendConfig,
 ) -> io::Result<()> {
     let of = Some(endpoint.url.as_str());
-    let token_file = &dial.token_file;
-    let token = match std::fs::read_to_string(token_file) {
-        Ok(token) => token,
-        Err(error) => {
-            return report.fail("token", of, format!("{}: {error}", escape_path(token_file)));
-        }
-    };
+    let Some(token) = token(report, of, &dial.token_file)? else { return Ok(()) };
     let client = || tls::client_config(dial.ca.as_deref(), dial.identity.as_ref());
     let tls = match endpoint.tls.then(client).transpose() {
         Ok(tls) => tls,
@@ -49,6 +44,21 @@ pub(super) async fn check(
         leave(socket).await;
     }
     Ok(())
+}
+
+/// Reads the token to present; says so where it cannot be read.
+pub(super) fn token(
+    report: &mut Report,
+    of: Option<&str>,
+    file: &Path,
+) -> io::Result<Option<String>> {
+    match std::fs::read_to_string(file) {
+        Ok(token) => Ok(Some(token)),
+        Err(error) => {
+            report.fail("token", of, format!("{}: {error}", escape_path(file)))?;
+            Ok(None)
+        }
+    }
 }
 
 /// One line per step to the server, up to the one that failed; whether all were made.
@@ -115,8 +125,18 @@ fn told(
             report.fail("upgrade", of, format!("{error}{advice}{through}"))?;
         }
     }
+    clock(report, of, "the receiver's", steps)
+}
+
+/// This machine's clock against the one of the side that answered.
+pub(super) fn clock(
+    report: &mut Report,
+    of: Option<&str>,
+    whose: &str,
+    steps: &Steps,
+) -> io::Result<()> {
     match steps.date.as_deref().map(http_date) {
-        Some(Some(date)) => report.clock(of, "the receiver's", date),
+        Some(Some(date)) => report.clock(of, whose, date),
         _ => report.skip("clock", of, "the answer has no Date"),
     }
 }

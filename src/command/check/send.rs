@@ -6,6 +6,7 @@ use super::local::Peer;
 use super::{Report, local, receive, receiver};
 use crate::cli;
 use crate::config::{ConnectionConfig, Environment, load_send};
+use crate::sender::receiver_refusal;
 
 pub(super) async fn check(
     args: cli::Send,
@@ -35,7 +36,7 @@ pub(super) async fn check(
             if let Some(tls) = &listening.tls {
                 local::certificate(report, None, tls, Peer::Waybill(None))?;
             }
-            receive::tokens(report, &listening.tokens, "receiver")?;
+            receive::tokens(report, &listening.tokens, "receiver", receiver_refusal)?;
         }
     }
     Ok(())

@@ -110,6 +110,36 @@ async fn who_may_not_enter_is_told_why() {
     assert!(none.starts_with("HTTP/1.1 400") && none.contains("waybill.v1"), "{none}");
 }
 
+/// By a request that is no upgrade, which takes nobody's seat.
+#[tokio::test]
+async fn whether_a_token_lets_in_can_be_asked_while_a_receiver_is_connected() {
+    let sender = listen();
+    let chain = tokens::ChainTerm::Require(ChainKey::mint().expect("random bytes"));
+    let with_key = tokens::Terms { chain, ..tokens::Terms::default() };
+    let bound = tokens::mint(&sender.tokens, "chained", with_key).expect("minted");
+    let (token, other) = (sender.mint("central"), sender.mint("standby"));
+    let (_writing, mut reading) = sender.enter(&token).await.split();
+    assert!(matches!(reading.next().await, Some(Ok(Incoming::Text(_)))), "hello");
+    let get = |token: &str, more: &str| {
+        format!("GET / HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n{more}\r\n")
+    };
+    for (request, status, words) in [
+        (get(&token, ""), 200, TOKEN_LETS_IN),
+        (get(&other, ""), 200, TOKEN_LETS_IN),
+        (get("wb_wrong", ""), 401, "unknown"),
+        (get(&bound, ""), 403, "chain key"),
+        (get(&token, "Origin: http://x\r\n"), 403, "web pages"),
+        (get(&token, "").replacen("GET", "POST", 1), 404, "no uploads"),
+    ] {
+        let answer = sender.http(&request).await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{answer}");
+        assert!(answer.contains(words), "{answer}");
+        assert!(answer.to_lowercase().contains("\r\nconnection: close\r\n"), "{answer}");
+    }
+    let same = sender.dial(&other).await;
+    assert!(matches!(same, Err(ConnectError::Refused { status: 503, .. })), "its seat is kept");
+}
+
 /// Neither is checked here: what is bound to a certificate or a key is not let in by its token alone.
 #[tokio::test]
 async fn a_token_that_needs_a_certificate_or_a_key_opens_nothing() {

@@ -35,15 +35,22 @@ fn checked(mut command: Command) -> Checked {
 }
 
 impl Checked {
-    /// There is such a line, and its message holds these words.
-    #[track_caller]
-    fn says(&self, check: &str, status: &str, words: &str) {
-        let found = self.lines.iter().any(|line| {
+    /// Whether there is such a line, whose message holds these words.
+    fn has(&self, check: &str, status: &str, words: &str) -> bool {
+        self.lines.iter().any(|line| {
             line["check"] == check
                 && line["status"] == status
                 && line["message"].as_str().is_some_and(|message| message.contains(words))
-        });
-        assert!(found, "no {status} {check} with {words:?} in\n{}", self.text);
+        })
+    }
+
+    #[track_caller]
+    fn says(&self, check: &str, status: &str, words: &str) {
+        assert!(
+            self.has(check, status, words),
+            "no {status} {check} with {words:?} in\n{}",
+            self.text
+        );
     }
 
     /// It ended as its lines say, and fails exactly here.
@@ -167,6 +174,13 @@ fn a_certificate_that_ends_soon_is_warned_of_on_both_sides() {
         let check = checked(sender(&bench, &["app.log", "--ca", &ca, "--to", &url]));
         check.fails(side);
         check.says("tls", status, "renew it");
+        let port = free_port();
+        let mut command = waybill();
+        command.args(["send", "app.log", "--listen", &format!("127.0.0.1:{port}"), "--tokens"]);
+        command.arg(bench.path("tokens.toml")).args(&tls[..4]).current_dir(bench.path(""));
+        command.args(["--state-dir", "state"]);
+        let running = Process::start("sender", command, bench.path("sender.log"));
+        running.wait_for_log("listening for a receiver");
         let url = format!("test=wss://localhost:{port}/");
         let dial =
             ["--store", "store.sqlite", "--ca", &ca, "--token-file", "test.token", "--dial", &url];

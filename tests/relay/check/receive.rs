@@ -44,8 +44,9 @@ fn a_dialled_sender_is_reached_and_not_taken_over() {
         ("name", "ok", "localhost is"),
         ("connection", "ok", "taken"),
         ("tls", "ok", "days left"),
+        ("token", "ok", "accepted"),
         ("upgrade", "skip", "take over"),
-        ("token", "skip", "take over"),
+        ("clock", "ok", "of the sender's"),
     ] {
         sound.says(name, status, words);
     }
@@ -61,6 +62,47 @@ fn a_dialled_sender_is_reached_and_not_taken_over() {
     let nameless = check(&[&dial("nothing.invalid"), "--ca", &ca]);
     nameless.fails(&["name"]);
     nameless.says("name", "fail", "does not resolve");
+    // What is presented: a token that is none, and one of a receiver that would stand by.
+    mode(&bench.write("other.token", "wb_wrong\n"), 0o600);
+    let present = || {
+        let other = ["--store", "store.sqlite", "--token-file", "other.token", "--dial", &here];
+        checked(receiver(&bench, &[&other[..], &["--ca", &ca]].concat()))
+    };
+    let wrong = present();
+    wrong.fails(&["token"]);
+    wrong.says("token", "fail", "HTTP status 401");
+    for (arguments, status, words) in [
+        (&[][..], "ok", "accepted"),
+        (&["--rotate", "--chain-key", "chain.key"], "fail", "bound to a chain key"),
+        (&["--revoke"], "fail", "HTTP status 401"),
+    ] {
+        let mut mint = waybill();
+        mint.args(["token", "other", "--tokens", "receivers.toml"]).args(arguments);
+        mint.current_dir(bench.path(""));
+        let token = run(mint).ok().stdout;
+        if !token.is_empty() {
+            bench.write("other.token", token);
+        }
+        wait_until("the sender knows", PATIENCE, || present().has("token", status, words));
+    }
+
+    let web_9 = format!("web-9=wss://localhost:{port}/");
+    let file = bench.path("tokens.toml").display().to_string();
+    let entry = |arguments: &[&str]| {
+        let mut command = waybill();
+        command.args(["token", "web-9", "--tokens", &file]).args(arguments);
+        run(command).ok();
+    };
+    for (what, mend) in [("is not there", &[][..]), ("is revoked", &["--rotate"])] {
+        let entryless = check(&[&web_9, "--ca", &ca]);
+        entryless.fails(&["tokens"]);
+        entryless.says("tokens", "fail", what);
+        let command = [&["waybill token \"web-9\" --tokens", &file][..], mend].concat().join(" ");
+        entryless.says("tokens", "fail", &command);
+        entry(mend);
+        check(&[&web_9, "--ca", &ca]).fails(&[]);
+        entry(&["--revoke"]);
+    }
 
     bench.append("app.log", (100..200).map(|n| format!("line {n}\n")).collect::<String>());
     wait_for_lines(&bench, 200);

@@ -323,3 +323,49 @@ fn what_lies_where_a_socket_belongs_is_said() {
     check.says("socket", "fail", "make the folder");
     assert!(bench.path("dead.sock").exists(), "nothing is changed");
 }
+
+/// A sender that listens: its port and certificate, and who of its receivers' tokens file may enter.
+#[test]
+fn a_sender_that_listens_counts_the_receivers_that_may_enter() {
+    let bench = Bench::new();
+    Certificates::make(&bench.path(""));
+    bench.write("app.log", "a line\n");
+    let token = |name: &str, more: &[&str]| {
+        let mut command = waybill();
+        command.args(["token", name, "--tokens", "receivers.toml"]).args(more);
+        command.current_dir(bench.path(""));
+        run(command).ok();
+    };
+    let check = |port: u16| {
+        let mut command = waybill();
+        command.args(["check", "send", "app.log", "--listen", &format!("127.0.0.1:{port}")]);
+        command.args(["--state-dir", "state", "--tokens", "receivers.toml"]);
+        command.args(["--tls-cert", "server.pem", "--tls-key", "server.key"]);
+        command.current_dir(bench.path(""));
+        checked(command)
+    };
+    let port = free_port();
+    token("central", &["--chain-key", "chain.key"]);
+    token("former", &[]);
+    token("former", &["--revoke"]);
+    token("certified", &["--certificate", "server.pem"]);
+    let chained = check(port);
+    chained.fails(&["tokens"]);
+    chained.says("tokens", "warn", "\"central\" may not enter: this token is bound to a chain key");
+    chained.says("tokens", "warn", "\"certified\" may not enter: this token needs its client");
+    chained.says("tokens", "fail", "nobody may enter: waybill token NAME --tokens ");
+
+    token("central", &["--rotate", "--no-chain-key"]);
+    let sound = check(port);
+    sound.fails(&[]);
+    sound.says("tokens", "ok", "1 receiver may enter");
+    sound.says("port", "ok", "is free");
+    sound.says("tls", "ok", "days left");
+
+    let taken = TcpListener::bind("127.0.0.1:0").expect("bound");
+    let in_use = check(taken.local_addr().expect("an address").port());
+    in_use.fails(&["port"]);
+    in_use.says("port", "fail", "is in use");
+    token("central", &["--revoke"]);
+    check(port).fails(&["tokens"]);
+}

@@ -1,23 +1,20 @@
-//! What systemd hears and is given: readiness, reloads, stops, the watchdog; and the shipped units, with sockets that it
-//! keeps while the service is down.
+//! What systemd hears and is given: readiness, reloads, stops, the watchdog; and the shipped units.
 
 use std::fs;
-use std::io::{self, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::io;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
-use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::os::unix::net::UnixDatagram;
 use std::process::Command;
 use std::time::Duration;
 
 use super::support::servers::{free_port, have, root, wait_until};
 use super::support::store::run;
-use super::support::waybill::{
-    Bench, Certificates, Finished, PATIENCE, Process, Receiver, waybill,
-};
+use super::support::waybill::{Bench, Certificates, Finished, PATIENCE, Process, waybill};
+
+mod sockets;
 
 const SOCKET: &str = "waybill-send.socket";
+const RECEIVER_SOCKET: &str = "waybill-receive.socket";
 pub const SENDER: &str = "waybill-send.service";
 pub const RECEIVER: &str = "waybill-receive.service";
 
@@ -78,7 +75,7 @@ fn sender(bench: &Bench, change: impl FnOnce(&mut Command)) -> Process {
     Process::start("sender", command, bench.path("sender.log"))
 }
 
-fn receiver(bench: &Bench, port: u16) -> Process {
+fn receiver(bench: &Bench, port: u16, change: impl FnOnce(&mut Command)) -> Process {
     bench.token("test");
     bench.write("receive.toml", format!("listen = '127.0.0.1:{port}'\n"));
     let mut command = waybill();
@@ -86,6 +83,7 @@ fn receiver(bench: &Bench, port: u16) -> Process {
     command.arg("--tokens").arg(bench.path("tokens.toml"));
     command.arg("--store").arg(bench.path("store.sqlite"));
     Manager::watch(bench, &mut command);
+    change(&mut command);
     Process::start("receiver", command, bench.path("receiver.log"))
 }
 
@@ -131,7 +129,7 @@ fn a_receiver_says_when_it_is_ready_reloads_and_stops() {
     let bench = Bench::new();
     let manager = Manager::new(&bench);
     let port = free_port();
-    let mut receiver = receiver(&bench, port);
+    let mut receiver = receiver(&bench, port, |_| {});
     assert_eq!(manager.hear(), "READY=1");
     std::net::TcpStream::connect(("127.0.0.1", port)).expect("ready before it listens");
     bench.write("receive.toml", format!("listen = '127.0.0.1:{port}'\ncredit = '16MiB'\n"));
@@ -146,29 +144,31 @@ fn a_receiver_says_when_it_is_ready_reloads_and_stops() {
 #[test]
 fn the_watchdog_is_fed_as_long_as_the_process_runs() {
     const INTERVAL: Duration = Duration::from_millis(300);
-    let bench = Bench::new();
-    let manager = Manager::new(&bench);
-    let mut sender = sender(&bench, |command| {
+    let watched = |command: &mut Command| {
         command.env("WATCHDOG_USEC", INTERVAL.as_micros().to_string());
-    });
-    assert_eq!(manager.hear_news(), "READY=1");
-    for _ in 0..10 {
+    };
+    for side in [SENDER, RECEIVER] {
+        let bench = Bench::new();
+        let manager = Manager::new(&bench);
+        let mut process = match side {
+            SENDER => sender(&bench, watched),
+            _ => receiver(&bench, free_port(), watched),
+        };
+        assert_eq!(manager.hear_news(), "READY=1");
+        for _ in 0..10 {
+            assert_eq!(manager.hear(), "WATCHDOG=1");
+        }
+        // Hung, as far as a service manager can see: nothing comes for longer than it waits.
+        process.freeze();
+        manager.forget();
+        manager.socket.set_read_timeout(Some(2 * INTERVAL)).expect("a timeout");
+        let silence = manager.socket.recv(&mut [0; 64]).expect_err("it is hung");
+        assert_eq!(silence.kind(), io::ErrorKind::WouldBlock);
+        manager.socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        process.signal("-CONT");
         assert_eq!(manager.hear(), "WATCHDOG=1");
+        assert!(process.stop().success());
     }
-    // Hung, as far as a service manager can see: nothing comes for longer than it waits.
-    sender.signal("-STOP");
-    let state = format!("/proc/{}/stat", sender.id());
-    wait_until("it stands still", PATIENCE, || {
-        fs::read_to_string(&state).is_ok_and(|text| text.contains(") T "))
-    });
-    manager.forget();
-    manager.socket.set_read_timeout(Some(2 * INTERVAL)).expect("a timeout");
-    let silence = manager.socket.recv(&mut [0; 64]).expect_err("it is hung");
-    assert_eq!(silence.kind(), io::ErrorKind::WouldBlock);
-    manager.socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
-    sender.signal("-CONT");
-    assert_eq!(manager.hear(), "WATCHDOG=1");
-    assert!(sender.stop().success());
 }
 
 // --- The shipped units -----------------------------------------------------------------------------------------------
@@ -210,12 +210,14 @@ fn the_shipped_units_are_sound_and_confined_as_the_readme_says() {
         assert!(text.contains("ExecStart=/usr/bin/waybill "), "{text}");
         bench.write(name, text.replace("/usr/bin/waybill", env!("CARGO_BIN_EXE_waybill")));
     }
-    bench.write(SOCKET, shipped(SOCKET));
+    for name in [SOCKET, RECEIVER_SOCKET] {
+        bench.write(name, shipped(name));
+    }
     let is_sound = |name: &str| {
         let said = analyze(&bench, name, VERIFY).ok().stderr;
         assert!(said.trim().is_empty(), "{name}: {said}");
     };
-    [SENDER, RECEIVER, SOCKET].into_iter().for_each(is_sound);
+    [SENDER, RECEIVER, SOCKET, RECEIVER_SOCKET].into_iter().for_each(is_sound);
 
     let readme = fs::read_to_string(root().join("README.md")).expect("the README");
     let scores = readme.split_once("(`systemd-analyze security`: ").expect("the scores").1;
@@ -243,9 +245,11 @@ fn the_shipped_units_are_sound_and_confined_as_the_readme_says() {
     }
 
     // It does look: a word that it does not know is told.
-    bench.write(SOCKET, shipped(SOCKET).replace("SocketMode=", "SocketMood="));
-    let said = analyze(&bench, SOCKET, VERIFY).stderr;
-    assert!(said.contains("SocketMood"), "{said:?}");
+    for name in [SOCKET, RECEIVER_SOCKET] {
+        bench.write(name, shipped(name).replace("SocketMode=", "SocketMood="));
+        let said = analyze(&bench, name, VERIFY).stderr;
+        assert!(said.contains("SocketMood"), "{said:?}");
+    }
 }
 
 #[test]
@@ -328,20 +332,6 @@ fn the_shipped_services_pass_a_line_with_every_secret_as_a_credential() {
     assert!(receiver.stop().success());
 }
 
-/// Writes the sources that the socket's unit shows, with the paths of a test.
-fn configure(bench: &Bench, receiver: &Receiver, change: impl FnOnce(String) -> String) {
-    let unit = shipped(SOCKET);
-    let shown = unit.lines().filter_map(|line| line.strip_prefix("#   "));
-    let sources: Vec<&str> = shown
-        .skip_while(|line| *line != "[[source]]")
-        .take_while(|line| line.starts_with("[[") || line.contains(" = "))
-        .collect();
-    let text = format!("to = {:?}\n{}\n", receiver.url(), sources.join("\n"));
-    assert_eq!(text.matches("/run/waybill/").count(), 2, "{text}");
-    let text = text.replace("/run/waybill/", &bench.path("").display().to_string());
-    bench.write("send.toml", change(text));
-}
-
 /// What a unit starts, with this folder as /etc/waybill. Credentials are copies, as systemd makes them.
 fn service(bench: &Bench, unit: &str) -> Command {
     let etc = bench.path("").display().to_string();
@@ -365,12 +355,6 @@ fn service(bench: &Bench, unit: &str) -> Command {
     command
 }
 
-/// The service of the sender as it is shipped.
-fn sending(bench: &Bench) -> Command {
-    fs::copy(bench.path("test.token"), bench.path("token")).expect("copied");
-    service(bench, &shipped(SENDER))
-}
-
 /// The shipped unit with those of its commented lines that hold one of these words.
 fn with_lines(unit: &str, words: &[&str]) -> String {
     let mut found = 0;
@@ -387,153 +371,4 @@ fn with_lines(unit: &str, words: &[&str]) -> String {
     let text = shipped(unit).lines().map(&mut choose).collect();
     assert_eq!(found, 2 * words.len(), "{text}");
     text
-}
-
-/// A path of the unit, in the test's folder.
-fn at(bench: &Bench, path: &str) -> PathBuf {
-    bench.path(path.strip_prefix("/run/waybill/").expect("a path below /run/waybill"))
-}
-
-/// What systemd binds: a socket for datagrams, one for connections, and both.
-fn bound(bench: &Bench) -> (PathBuf, PathBuf, [OwnedFd; 2]) {
-    let unit = shipped(SOCKET);
-    let path = |setting: &str| at(bench, &value(&unit, setting));
-    let (datagram, stream) = (path("ListenDatagram"), path("ListenStream"));
-    let sockets = [
-        OwnedFd::from(UnixDatagram::bind(&datagram).expect("bind")),
-        OwnedFd::from(UnixListener::bind(&stream).expect("bind")),
-    ];
-    (datagram, stream, sockets)
-}
-
-/// Starts the service with the sockets that a service manager holds, from number 3 on.
-fn start(bench: &Bench, sockets: &[OwnedFd]) -> Process {
-    let inner = sending(bench);
-    let mut command = Command::new("/bin/sh");
-    let listen = format!("LISTEN_PID=$$ LISTEN_FDS={} exec \"$@\"", sockets.len());
-    command.args(["-c", &listen, "sh"]).arg(inner.get_program()).args(inner.get_args());
-    for (name, value) in inner.get_envs() {
-        match value {
-            Some(value) => command.env(name, value),
-            None => command.env_remove(name),
-        };
-    }
-    // High numbers, so that none is overwritten before it is copied.
-    let held: Vec<OwnedFd> = sockets
-        .iter()
-        .map(|fd| rustix::io::fcntl_dupfd_cloexec(fd, 100).expect("a copy"))
-        .collect();
-    let numbers: Vec<i32> = held.iter().map(AsRawFd::as_raw_fd).collect();
-    // SAFETY: between fork and exec only dup2 is called, which is async-signal-safe. Its copies have
-    // no close-on-exec flag.
-    unsafe {
-        command.pre_exec(move || {
-            for (to, from) in (3..).zip(&numbers) {
-                if libc::dup2(*from, to) < 0 {
-                    return Err(std::io::Error::last_os_error());
-                }
-            }
-            Ok(())
-        });
-    }
-    let process = Process::start("service", command, bench.path("service.log"));
-    wait_until("both sockets are taken", PATIENCE, || {
-        process.log().matches("taken from the service manager").count() == 2
-    });
-    drop(held);
-    process
-}
-
-#[test]
-fn what_is_written_while_the_service_is_down_is_stored_after_it_starts_again() {
-    let bench = Bench::new();
-    let receiver = bench.receiver();
-    configure(&bench, &receiver, |text| text);
-    let (datagram, stream, sockets) = bound(&bench);
-    let client = UnixDatagram::unbound().expect("a socket");
-    client.connect(&datagram).expect("connect");
-    let send = |text: &str| client.send(format!("<13>app: {text}").as_bytes()).expect("sent");
-    let write = |text: &str| {
-        let mut stream = UnixStream::connect(&stream).expect("connect");
-        stream.write_all(format!("<13>app: {text}\n").as_bytes()).expect("written");
-    };
-
-    let mut expected = Vec::new();
-    for round in 0..3 {
-        // Nobody runs: the queue takes it. Ten datagrams fit with any setting of the kernel's.
-        for number in 0..8 {
-            send(&format!("down {round} {number}"));
-            expected.push(format!("down {round} {number}"));
-        }
-        write(&format!("stream down {round}"));
-        expected.push(format!("stream down {round}"));
-        let mut running = start(&bench, &sockets);
-        bench.wait_for_lines(expected.len());
-        send(&format!("up {round}"));
-        write(&format!("stream up {round}"));
-        expected.extend([format!("up {round}"), format!("stream up {round}")]);
-        bench.wait_for_lines(expected.len());
-        match round {
-            1 => running.kill_hard(),
-            _ => assert!(running.stop().success()),
-        }
-        assert!(datagram.exists() && stream.exists(), "the sockets are the service manager's");
-        fs::remove_file(bench.path("service.log")).expect("a fresh log");
-    }
-    bench.assert_lines(expected);
-}
-
-/// The socket is passed once, at the start, and a source that comes later finds it all the same.
-#[test]
-fn a_passed_socket_stays_with_its_path_when_its_source_changes() {
-    let bench = Bench::new();
-    let receiver = bench.receiver();
-    configure(&bench, &receiver, |text| text);
-    let (datagram, _, sockets) = bound(&bench);
-    let client = UnixDatagram::unbound().expect("a socket");
-    client.connect(&datagram).expect("connect");
-    let mut running = start(&bench, &sockets);
-    client.send(b"<13>app: first").expect("sent");
-    bench.wait_for_lines(1);
-    let renamed = |text: String| text.replacen("[[source]]", "[[source]]\nname = 'renamed'", 1);
-    configure(&bench, &receiver, renamed);
-    running.signal("-HUP");
-    running.wait_for_log("the changed configuration is in force");
-    client.send(b"<13>app: second").expect("sent");
-    bench.wait_for_lines(2);
-    assert!(running.stop().success());
-    bench.assert_lines(["first".to_owned(), "second".to_owned()]);
-}
-
-/// systemd's own tool binds the socket and starts the unit's command at the first datagram.
-#[test]
-fn systemd_socket_activate_runs_the_shipped_command() {
-    if !have("systemd-socket-activate", "systemd") {
-        return;
-    }
-    let bench = Bench::new();
-    let receiver = bench.receiver();
-    let datagram = at(&bench, &value(&shipped(SOCKET), "ListenDatagram"));
-    configure(&bench, &receiver, |text| text);
-    let inner = sending(&bench);
-    let mut command = Command::new("systemd-socket-activate");
-    command.arg("--datagram").arg("--listen").arg(&datagram);
-    // It hands on these variables only.
-    for (name, value) in inner.get_envs() {
-        let Some(value) = value else { continue };
-        let (name, value) = (name.to_str().expect("UTF-8"), value.to_str().expect("UTF-8"));
-        command.arg(format!("--setenv={name}={value}"));
-    }
-    command.arg(inner.get_program()).args(inner.get_args());
-    let mut running = Process::start("service", command, bench.path("service.log"));
-    wait_until("the socket", PATIENCE, || datagram.exists());
-    let client = UnixDatagram::unbound().expect("a socket");
-    client.connect(&datagram).expect("connect");
-    for number in 0..50 {
-        client.send(format!("<13>app: line {number}").as_bytes()).expect("sent");
-    }
-    bench.wait_for_lines(50);
-    running.wait_for_log("taken from the service manager");
-    assert!(running.stop().success());
-    bench.assert_lines((0..50).map(|number| format!("line {number}")));
 }

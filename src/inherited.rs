@@ -1,7 +1,7 @@
 //! Sockets that a service manager bound before us and keeps (sd_listen_fds(3), `systemd.socket`).
 //!
-//! Such a socket outlives this process: what its peers send while nobody reads waits in the
-//! kernel's queue for the next start. It is found by the path at which it is bound. Its options,
+//! Such a socket outlives this process: what its peers send, and who connects, while nobody reads
+//! waits in the kernel's queue for the next start. It is found by the path at which it is bound. Its options,
 //! its file and its other holders are not ours: nothing here may shut it down or unlink it.
 
 use std::io;
@@ -13,19 +13,21 @@ use std::sync::LazyLock;
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, getsockname, sockopt};
 
+use crate::record::escape_path;
+
 /// `SD_LISTEN_FDS_START`.
 const FIRST: RawFd = 3;
 
 /// More than any unit passes; a wrong number must not claim descriptors of others.
 const COUNT_MAX: u32 = 256;
 
-/// What was passed to this process. It stays open: a source that is given up when a changed
-/// configuration comes into force may come back, perhaps under another name.
+/// What was passed to this process. It stays open: what is given up when a changed configuration
+/// comes into force may come back, a source perhaps under another name.
 static PASSED: LazyLock<Vec<OwnedFd>> = LazyLock::new(passed);
 
 /// What was passed for a path.
 #[derive(Debug)]
-pub(super) enum Passed {
+pub enum Passed {
     /// Nothing.
     No,
     /// A socket of the type that is wanted, as a descriptor of its own.
@@ -39,8 +41,12 @@ pub(super) enum Passed {
 /// # Errors
 ///
 /// Where this process may open no more descriptors.
-pub(super) fn take(path: &Path, wanted: SocketType) -> io::Result<Passed> {
-    find(&PASSED, path, wanted)
+pub fn take(path: &Path, wanted: SocketType) -> io::Result<Passed> {
+    let found = find(&PASSED, path, wanted)?;
+    if let Passed::Socket(_) = found {
+        tracing::info!(socket = %escape_path(path), "taken from the service manager");
+    }
+    Ok(found)
 }
 
 fn find(passed: &[OwnedFd], path: &Path, wanted: SocketType) -> io::Result<Passed> {
