@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::Write;
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::PathBuf;
@@ -16,7 +16,8 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::support::servers::{free_port, http, spawn_bound, wait_until};
-use super::support::waybill::{Bench, PATIENCE, Process, lines, numbered, waybill};
+use super::support::store::run;
+use super::support::waybill::{Bench, Certificates, PATIENCE, Process, lines, numbered, waybill};
 
 const TAKEN: &str = "the changed configuration is in force";
 const REFUSED: &str = "the changed configuration is refused";
@@ -300,7 +301,95 @@ fn a_receiver_takes_a_changed_configuration_while_lines_arrive() {
             });
         }
     });
-    std::net::TcpStream::connect(("127.0.0.1", former)).expect("metrics are served now");
+    TcpStream::connect(("127.0.0.1", former)).expect("metrics are served now");
+    bench.wait_for_lines(2 * written);
+    assert!(sender.stop().success());
+    assert!(receiver.stop().success());
+    bench.assert_lines(numbered("file", written).chain(numbered("datagram", written)));
+}
+
+/// Where a receiver listens and whom it dials, and whether a sender dials or listens.
+#[test]
+fn both_sides_take_changed_addresses_and_change_who_dials() {
+    let bench = Bench::new();
+    Certificates::make(&bench.path(""));
+    bench.token("test");
+    let mut mint = waybill();
+    mint.args(["token", "central", "--tokens"]).arg(bench.path("receivers.toml"));
+    bench.write("central.token", run(mint).ok().stdout);
+    let [first, second, dialled] = [free_port(), free_port(), free_port()];
+    let receive = |listen: u16, dial: &str| {
+        let text = format!(
+            "listen = '127.0.0.1:{listen}'\ntokens = 'tokens.toml'\n\
+             [store]\nfile = 'store.sqlite'\n{dial}"
+        );
+        bench.write("receive.toml", text);
+    };
+    let dial = |ca: &str| {
+        format!(
+            "[[dial]]\nsender = 'test'\nurl = 'wss://localhost:{dialled}/'\n\
+             token_file = 'central.token'\nca = '{ca}'\n"
+        )
+    };
+    let send = |way: &str, tag: &str| {
+        bench.write("send.toml", format!("state_dir = 'state'\n{way}\n{}", sources(tag)));
+    };
+    let to = |port: u16| format!("to = ['ws://127.0.0.1:{port}/']\ntoken_file = 'test.token'");
+    let start = |side: &str| {
+        let mut command = waybill();
+        command.args([side, "--config"]).arg(bench.path(&format!("{side}.toml")));
+        command.current_dir(bench.path(""));
+        Process::start(side, command, bench.path(&format!("{side}.log")))
+    };
+    receive(first, "");
+    let mut receiver = start("receive");
+    receiver.wait_for_log(" listening");
+    bench.write("app.log", "");
+    send(&to(first), "t0");
+    let mut sender = start("send");
+    wait_until("the socket is there", PATIENCE, || bench.path("log.sock").exists());
+    let written = Writer::beside(&bench, |writer| {
+        let arrive = || {
+            let now = writer.written.load(Ordering::Relaxed);
+            bench.wait_for_lines(2 * now + 2);
+        };
+        arrive();
+        receive(second, "");
+        hang_up(&receiver, TAKEN);
+        TcpStream::connect(("127.0.0.1", first)).expect_err("the former address is let go");
+        sender.wait_for_log("does not answer");
+        send(&to(second), "t0");
+        hang_up(&sender, TAKEN);
+        arrive();
+
+        receive(second, &dial("ca.pem"));
+        hang_up(&receiver, TAKEN);
+        receiver.wait_for_log("does not answer");
+        let listen = format!(
+            "listen = '127.0.0.1:{dialled}'\ntls_cert = 'server.pem'\ntls_key = 'server.key'\n\
+             tokens = 'receivers.toml'"
+        );
+        send(&listen, "t0");
+        hang_up(&sender, TAKEN);
+        let dialled = || receiver.log().matches(" dialled sender=").count();
+        wait_until("it is dialled", PATIENCE, || dialled() == 1);
+        arrive();
+
+        // The connection stands, and the next one is made as before.
+        let certificate = ["BEGIN", "END"].map(|word| format!("-----{word} CERTIFICATE-----"));
+        bench.write("broken.pem", certificate.join("\nAAAA\n"));
+        for ca in ["missing.pem", "broken.pem"] {
+            receive(second, &dial(ca));
+            hang_up(&receiver, REFUSED);
+            assert!(receiver.log().contains(ca), "{}", receiver.log());
+        }
+        arrive();
+        assert_eq!(dialled(), 1, "{}", receiver.log());
+        send(&listen, "t1");
+        hang_up(&sender, TAKEN);
+        wait_until("it is dialled anew", PATIENCE, || dialled() == 2);
+        arrive();
+    });
     bench.wait_for_lines(2 * written);
     assert!(sender.stop().success());
     assert!(receiver.stop().success());
