@@ -6,7 +6,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use super::{as_nobody, checked, ending, mode, receiver, sender};
+use super::{as_nobody, checked, ending, front, mode, receiver, sender};
 use crate::support::servers::{Elasticsearch, Nginx, free_port, have, wait_until};
 use crate::support::store::{run, wait_for_lines};
 use crate::support::waybill::{Bench, Certificates, PATIENCE, Process, lines, waybill};
@@ -108,6 +108,34 @@ fn a_dialled_sender_is_reached_and_not_taken_over() {
     wait_for_lines(&bench, 200);
     let log = sending.log();
     assert_eq!(log.matches(" connected ").count(), 1, "one connection, all the while: {log}");
+}
+
+/// nginx passes the question on; what nginx itself answers is no word of a sender.
+#[test]
+fn a_sender_behind_nginx_is_asked_whether_it_takes_the_token() {
+    let bench = Bench::new();
+    let token = bench.token("test").display().to_string();
+    let ca = Certificates::make(&bench.path("")).ca.display().to_string();
+    bench.write("app.log", "a line\n");
+    let port = free_port();
+    let Some(_nginx) = front(&bench, port, |text| text) else { return };
+    let url = format!("test=wss://localhost:{port}/");
+    let ask = || {
+        let dial = ["--store", "store.sqlite", "--token-file", &token, "--ca", &ca, "--dial", &url];
+        checked(receiver(&bench, &dial))
+    };
+    let nobody = ask();
+    nobody.fails(&["upgrade"]);
+    nobody.says("upgrade", "fail", "HTTP status 502");
+    let mut send = waybill();
+    send.args(["send", "app.log", "--state-dir", "state", "--tokens", "tokens.toml", "--listen"]);
+    send.arg(format!("unix:{}", bench.path("receive.sock").display()));
+    send.current_dir(bench.path(""));
+    let sending = Process::start("sender", send, bench.path("sender.log"));
+    sending.wait_for_log("listening for a receiver");
+    let asked = ask();
+    asked.fails(&[]);
+    asked.says("token", "ok", "accepted");
 }
 
 #[test]
