@@ -145,13 +145,16 @@ fn a_sender_that_moves_connects_from_its_new_address() {
     bench.assert_lines(numbered("first", 100).chain(numbered("second", 100)));
 }
 
-/// The real one on the far host, which wants a password; only it can resolve the name there.
-fn tinyproxy(bench: &Bench, wire: &Wire, log: &str) -> Process {
+/// What makes [`tinyproxy`] want a password.
+const LOGIN: &str = "BasicAuth me secret\n";
+
+/// The real one on the far host; only it can resolve the name there.
+fn tinyproxy(bench: &Bench, wire: &Wire, log: &str, login: &str) -> Process {
     wire.set_far_hosts(&format!("127.0.0.1 {NAME}\n"));
     let configuration = bench.write(
         "tinyproxy.conf",
         format!(
-            "Port 3128\nListen {FAR}\nTimeout 600\nBasicAuth me secret\nConnectPort {PORT}\n\
+            "Port 3128\nListen {FAR}\nTimeout 600\n{login}ConnectPort {PORT}\n\
              MaxClients 20\nLogLevel Info\n"
         ),
     );
@@ -169,7 +172,7 @@ fn an_http_proxy_is_passed_by_connect() {
     let Some(wire) = Wire::lay() else { return };
     let bench = Bench::new();
     let _receiver = receiver(&bench, &wire, "127.0.0.1");
-    let mut running = tinyproxy(&bench, &wire, "proxy-1.log");
+    let mut running = tinyproxy(&bench, &wire, "proxy-1.log", LOGIN);
 
     bench.write("app.log", lines("first", 1_000));
     let to = format!("{NAME}:{PORT}");
@@ -191,7 +194,7 @@ fn an_http_proxy_is_passed_by_connect() {
     running.kill_hard();
     bench.append("app.log", lines("second", 1_000));
     sender.wait_for_log("does not answer");
-    let _running = tinyproxy(&bench, &wire, "proxy-2.log");
+    let _running = tinyproxy(&bench, &wire, "proxy-2.log", LOGIN);
     bench.wait_for_lines(2_000);
     assert!(sender.stop().success());
     bench.assert_lines(numbered("first", 1_000).chain(numbered("second", 1_000)));
@@ -219,7 +222,7 @@ fn a_receiver_that_dials_passes_the_proxy_too() {
     send.args(["--state-dir", "state", "--tokens", "receivers.toml"]);
     send.args(["--tls-cert", "server.pem", "--tls-key", "server.key"]).current_dir(bench.path(""));
     let mut sender = Process::start("sender", wire.far(&send), bench.path("sender.log"));
-    let mut running = tinyproxy(&bench, &wire, "proxy-1.log");
+    let mut running = tinyproxy(&bench, &wire, "proxy-1.log", LOGIN);
 
     let mut receive = waybill();
     receive.args([
@@ -260,11 +263,31 @@ fn a_receiver_that_dials_passes_the_proxy_too() {
     running.kill_hard();
     bench.append("app.log", lines("second", 1_000));
     receiver.wait_for_log("does not answer");
-    let _running = tinyproxy(&bench, &wire, "proxy-2.log");
+    let _running = tinyproxy(&bench, &wire, "proxy-2.log", LOGIN);
     bench.wait_for_lines(2_000);
     assert!(sender.stop().success() && receiver.stop().success());
     bench.assert_lines(numbered("first", 1_000).chain(numbered("second", 1_000)));
     assert!(!receiver.log().contains("secret"), "a password is not logged");
+}
+
+/// The flag's proxy wants no password; it goes before that of the environment, which nobody runs.
+#[test]
+fn lines_pass_the_proxy_that_a_flag_names() {
+    if !have("tinyproxy", "tinyproxy-bin") {
+        return;
+    }
+    let Some(wire) = Wire::lay() else { return };
+    let bench = Bench::new();
+    let _receiver = receiver(&bench, &wire, "127.0.0.1");
+    let _running = tinyproxy(&bench, &wire, "proxy.log", "");
+    bench.write("app.log", lines("line", 1_000));
+    let proxy = format!("http://{FAR}:3128");
+    let mut command = send(&bench, &format!("{NAME}:{PORT}"), &["app.log", "--proxy", &proxy]);
+    command.env("HTTPS_PROXY", format!("http://{FAR}:1"));
+    let mut sender = Process::start("sender", wire.near(&command), bench.path("sender.log"));
+    bench.wait_for_lines(1_000);
+    assert!(sender.stop().success());
+    bench.assert_lines(numbered("line", 1_000));
 }
 
 /// A slower machine only takes longer.
