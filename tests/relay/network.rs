@@ -124,6 +124,34 @@ fn a_receiver_that_moves_is_found_under_its_name() {
     bench.assert_lines(numbered("first", 100).chain(numbered("second", 100)));
 }
 
+/// The name has two addresses, and a firewall drops what is sent to the first: that one is tried, and the other does not
+/// wait for its end.
+#[test]
+fn an_address_behind_a_firewall_holds_up_no_other_address_of_the_name() {
+    const ELSEWHERE: &str = "10.83.0.77";
+    let Some(wire) = Wire::lay() else { return };
+    let bench = Bench::new();
+    let _receiver = receiver(&bench, &wire, "0.0.0.0");
+    wire.add_far(ELSEWHERE);
+    wire.swallow(FAR);
+    // First is the one that has more bits in common with the near host's own (RFC 6724 §5, rule 9).
+    wire.set_near_hosts(&format!("{FAR} {NAME}\n{ELSEWHERE} {NAME}\n"));
+    bench.write("app.log", lines("line", 100));
+    let command = send(&bench, &format!("{NAME}:{PORT}"), &["app.log"]);
+    let mut sender = Process::start("sender", wire.near(&command), bench.path("sender.log"));
+    bench.wait_for_lines(100);
+    assert!(wire.swallowed() > 0, "the first address was tried");
+    assert!(sender.stop().success());
+    bench.assert_lines(numbered("line", 100));
+
+    let mut check = waybill();
+    check.args(["check", "send"]).args(command.get_args().skip(1)).current_dir(bench.path(""));
+    let checked = wire.near(&check).output().expect("waybill check");
+    let said = String::from_utf8_lossy(&checked.stdout);
+    assert!(said.contains(&format!("{NAME} is {FAR}, {ELSEWHERE}")), "{said}");
+    assert!(checked.status.success(), "{said}");
+}
+
 /// Its old connection has an address that nobody has any more.
 #[test]
 fn a_sender_that_moves_connects_from_its_new_address() {

@@ -96,12 +96,27 @@ impl Wire {
 
     /// How many packets were lost that way.
     pub fn lost(&self) -> u64 {
-        let count = |host: &str| {
-            let text = run(&["ip", "netns", "exec", host, "nft", "list ruleset"]);
-            let mut words = text.split_whitespace().skip_while(|word| *word != "packets").skip(1);
-            words.next().and_then(|word| word.parse::<u64>().ok()).expect("a counter")
-        };
-        count(&self.near) + count(&self.far)
+        [&self.near, &self.far].map(|host| counted(host, "loss")).iter().sum()
+    }
+
+    /// The far host has this address as well.
+    pub fn add_far(&self, address: &str) {
+        run(&["ip", "-n", &self.far, "address", "add", &format!("{address}/24"), "dev", "wire"]);
+    }
+
+    /// What is sent to this address of the far host vanishes, as behind a firewall that drops.
+    pub fn swallow(&self, address: &str) {
+        let rules = format!(
+            "add table inet swallow; add chain inet swallow in \
+             {{ type filter hook input priority 0; policy accept; }}; \
+             add rule inet swallow in ip daddr {address} counter drop"
+        );
+        run(&["ip", "netns", "exec", &self.far, "nft", &rules]);
+    }
+
+    /// How many packets vanished that way.
+    pub fn swallowed(&self) -> u64 {
+        counted(&self.far, "swallow")
     }
 
     /// What is sent vanishes, and nobody is told: packets are dropped as they come in.
@@ -166,6 +181,13 @@ impl Drop for Wire {
             let _ = fs::remove_dir_all(format!("/etc/netns/{host}"));
         }
     }
+}
+
+/// What the counter in this table of a host's nftables shows, in packets.
+fn counted(host: &str, table: &str) -> u64 {
+    let text = run(&["ip", "netns", "exec", host, "nft", "list table inet", table]);
+    let mut words = text.split_whitespace().skip_while(|word| *word != "packets").skip(1);
+    words.next().and_then(|word| word.parse().ok()).expect("a counter")
 }
 
 fn renumber(host: &str, from: &str, to: &str) {
