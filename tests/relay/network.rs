@@ -3,13 +3,14 @@
 
 use std::path::PathBuf;
 use std::process::Command;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use waybill::protocol::DEAD_AFTER;
 
 use crate::support::network::{FAR, NEAR, Wire};
-use crate::support::servers::have;
-use crate::support::waybill::{Bench, Certificates, Process, lines, numbered, waybill};
+use crate::support::servers::{have, wait_until};
+use crate::support::waybill::{Bench, Certificates, PATIENCE, Process, lines, numbered, waybill};
 
 /// On the far host, where nobody else has a port.
 const PORT: u16 = 8443;
@@ -98,6 +99,32 @@ fn a_half_open_connection_is_noticed_by_both_sides() {
     assert!(sender.stop().success());
     let all = numbered("before", 100).chain(numbered("meanwhile", 100));
     bench.assert_lines(all.chain(numbered("after", 100)));
+}
+
+/// Each side pings every 20 s, give or take a tenth, and answers the other's pings; the wire carries nothing else.
+#[test]
+fn an_idle_connection_costs_a_ping_from_each_side() {
+    /// What is promised, less its tenth.
+    const INTERVAL_LEAST: Duration = Duration::from_secs(18);
+    const IDLE: Duration = Duration::from_secs(40);
+    let Some(wire) = Wire::lay() else { return };
+    let bench = Bench::new();
+    let receiver = receiver(&bench, &wire, FAR);
+    bench.write("app.log", "line 0\n");
+    let arguments = ["app.log", "--receipts", "receipts.jsonl"];
+    let command = send(&bench, &format!("{FAR}:{PORT}"), &arguments);
+    let mut sender = Process::start("sender", wire.near(&command), bench.path("sender.log"));
+    wait_until("the receipt", PATIENCE, || bench.size_of("receipts.jsonl") > 0);
+    let idle = Instant::now();
+    wire.count_data();
+    // There is nothing to wait for: what must not be sent would be sent by then.
+    thread::sleep(IDLE);
+    let data = wire.data();
+    let pings = 1 + idle.elapsed().as_secs() / INTERVAL_LEAST.as_secs();
+    // On either side the other's pings come in, and the pongs to its own.
+    assert!(data.iter().all(|count| (2..=2 * pings).contains(count)), "{data:?}, {pings} pings");
+    assert_eq!(receiver.log().matches("sender connected").count(), 1, "{}", receiver.log());
+    assert!(sender.stop().success());
 }
 
 /// DNS first fails, then answers, then answers otherwise: the name is resolved anew at each
@@ -384,7 +411,7 @@ fn an_idle_connection_is_closed_and_the_next_line_opens_it_again() {
     for number in 1..4 {
         bench.wait_for_lines(number);
         let closed = || sender.log().matches("closed the idle connection").count() >= number;
-        crate::support::servers::wait_until("it is closed", Duration::from_secs(60), closed);
+        wait_until("it is closed", Duration::from_secs(60), closed);
         bench.append("app.log", format!("line {number}\n"));
     }
     bench.wait_for_lines(4);

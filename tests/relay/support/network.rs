@@ -119,6 +119,21 @@ impl Wire {
         counted(&self.far, "swallow")
     }
 
+    /// From now on, packets with data that reach either host are counted; TCP's bare acknowledgements are not pushed.
+    pub fn count_data(&self) {
+        for host in [&self.near, &self.far] {
+            let rules = "add table inet data; add chain inet data in \
+                         { type filter hook input priority 0; policy accept; }; \
+                         add rule inet data in iifname wire tcp flags & psh == psh counter";
+            run(&["ip", "netns", "exec", host, "nft", rules]);
+        }
+    }
+
+    /// How many came to the near host, and how many to the far one.
+    pub fn data(&self) -> [u64; 2] {
+        [&self.near, &self.far].map(|host| counted(host, "data"))
+    }
+
     /// What is sent vanishes, and nobody is told: packets are dropped as they come in.
     pub fn cut(&self) {
         for host in [&self.near, &self.far] {
