@@ -1,6 +1,7 @@
 //! Networks as they are: lossy, slow, half-open, renumbered, behind a proxy. Nothing is lost, and nothing needs a
 //! restart.
 
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::process::Command;
 use std::thread;
@@ -8,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use waybill::protocol::DEAD_AFTER;
 
+use crate::support::dns::{Answer, Dns};
 use crate::support::network::{FAR, NEAR, Wire};
 use crate::support::servers::{have, wait_until};
 use crate::support::waybill::{Bench, Certificates, PATIENCE, Process, lines, numbered, waybill};
@@ -20,19 +22,24 @@ const NAME: &str = "logs.example.test";
 /// A receiver with TLS on the far host.
 fn receiver(bench: &Bench, wire: &Wire, listen: &str) -> Process {
     bench.token("test");
-    let certificates = certificates(bench);
+    certificates(bench);
+    receiver_again(bench, wire, listen)
+}
+
+/// One more with the same token, certificate and store.
+fn receiver_again(bench: &Bench, wire: &Wire, listen: &str) -> Process {
     let mut command = waybill();
     command.args(["receive", "--listen", &format!("{listen}:{PORT}"), "--tokens"]);
     command.arg(bench.path("tokens.toml")).arg("--store").arg(bench.path("store.sqlite"));
-    command.arg("--tls-cert").arg(&certificates.certificate);
-    command.arg("--tls-key").arg(&certificates.key);
+    command.arg("--tls-cert").arg(bench.path("server.pem"));
+    command.arg("--tls-key").arg(bench.path("server.key"));
     let receiver = Process::start("receiver", wire.far(&command), bench.path("receiver.log"));
     receiver.wait_for_log("listening");
     receiver
 }
 
-fn certificates(bench: &Bench) -> Certificates {
-    Certificates::make_with(&bench.path(""), &[NAME, FAR, "127.0.0.1"], |_| {})
+fn certificates(bench: &Bench) {
+    Certificates::make_with(&bench.path(""), &[NAME, FAR, "127.0.0.1"], |_| {});
 }
 
 fn send(bench: &Bench, to: &str, arguments: &[&str]) -> Command {
@@ -149,6 +156,41 @@ fn a_receiver_that_moves_is_found_under_its_name() {
     assert_within_the_bound(moved);
     assert!(sender.stop().success());
     bench.assert_lines(numbered("first", 100).chain(numbered("second", 100)));
+}
+
+/// The receiver is killed while DNS has a fault, so that the sender meets it at its first dial, which it tells of.
+#[test]
+fn each_fault_of_dns_is_told_and_outlived() {
+    const NOBODY: Ipv4Addr = Ipv4Addr::new(10, 83, 0, 99);
+    let Some(wire) = Wire::lay() else { return };
+    let bench = Bench::new();
+    let right = Answer::Address(FAR.parse().expect("an address"));
+    let dns = Dns::start(&wire, right);
+    let mut receiver = receiver(&bench, &wire, FAR);
+    bench.write("app.log", "line 0\n");
+    let command = send(&bench, &format!("{NAME}:{PORT}"), &["app.log"]);
+    let mut sender = Process::start("sender", wire.near(&command), bench.path("sender.log"));
+    bench.wait_for_lines(1);
+    let unresolved = format!("{NAME:?} does not resolve");
+    let faults = [
+        (Answer::Failure, unresolved.clone()),
+        (Answer::Silence, unresolved),
+        (Answer::Address(NOBODY), format!("{NOBODY}:{PORT} does not answer")),
+    ];
+    for (number, (fault, said)) in (1..).zip(&faults) {
+        let told = || sender.log().matches(said.as_str()).count();
+        let before = told();
+        dns.set(*fault);
+        receiver.kill_hard();
+        wait_until(&format!("{fault:?}: {said}"), PATIENCE, || told() > before);
+        assert!(dns.asked() > 0, "{fault:?}");
+        dns.set(right);
+        receiver = receiver_again(&bench, &wire, FAR);
+        bench.append("app.log", format!("line {number}\n"));
+        bench.wait_for_lines(number + 1);
+    }
+    assert!(sender.stop().success());
+    bench.assert_lines(numbered("line", 1 + faults.len()));
 }
 
 /// The name has two addresses, and a firewall drops what is sent to the first: that one is tried, and the other does not

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::process::Command;
@@ -81,6 +81,23 @@ impl Wire {
     pub fn set_far_hosts(&self, text: &str) {
         let path = format!("/etc/netns/{}/hosts", self.far);
         fs::write(path, format!("127.0.0.1 localhost\n{text}")).expect("hosts");
+    }
+
+    /// The socket that is asked for names by whatever starts on the near host from now on; an unanswered question ends after
+    /// a second.
+    pub fn near_resolver(&self) -> UdpSocket {
+        for (name, text) in [
+            ("resolv.conf", "nameserver 127.0.0.1\nsearch .\noptions timeout:1 attempts:1\n"),
+            ("nsswitch.conf", "hosts: files dns\n"),
+        ] {
+            fs::write(format!("/etc/netns/{}/{name}", self.near), text).expect(name);
+        }
+        let near = self.near.clone();
+        let bound = thread::spawn(move || {
+            enter(&near);
+            UdpSocket::bind(("127.0.0.1", 53)).expect("the port is free")
+        });
+        bound.join().expect("a socket")
     }
 
     /// Every hundredth packet is lost in both directions, the eleventh first (nft(8), `numgen`): at random, none might be.
@@ -164,13 +181,10 @@ impl Wire {
     /// A relay on the far host, from [`FAR`] to its loopback, that delivers every byte so much
     /// later, in both directions. It serves until the test program ends.
     pub fn delay(&self, port: u16, to: u16, delay: Duration) {
-        let namespace = format!("/var/run/netns/{}", self.far);
+        let far = self.far.clone();
         let (ready, bound) = mpsc::sync_channel(1);
         thread::spawn(move || {
-            let file = fs::File::open(namespace).expect("the namespace");
-            // SAFETY: setns changes this thread only, which belongs to this relay.
-            let entered = unsafe { libc::setns(file.as_raw_fd(), libc::CLONE_NEWNET) };
-            assert_eq!(entered, 0, "setns: {}", io::Error::last_os_error());
+            enter(&far);
             let address = SocketAddr::new(FAR.parse().expect("an address"), port);
             let listener = TcpListener::bind(address).expect("the address is free");
             ready.send(()).expect("the test waits");
@@ -208,6 +222,14 @@ fn counted(host: &str, table: &str) -> u64 {
 fn renumber(host: &str, from: &str, to: &str) {
     run(&["ip", "-n", host, "address", "del", &format!("{from}/24"), "dev", "wire"]);
     run(&["ip", "-n", host, "address", "add", &format!("{to}/24"), "dev", "wire"]);
+}
+
+/// Moves this thread, and those that it starts, into a host's network.
+fn enter(host: &str) {
+    let file = fs::File::open(format!("/var/run/netns/{host}")).expect("the namespace");
+    // SAFETY: setns changes this thread only.
+    let entered = unsafe { libc::setns(file.as_raw_fd(), libc::CLONE_NEWNET) };
+    assert_eq!(entered, 0, "setns: {}", io::Error::last_os_error());
 }
 
 /// Copies until either side ends; what came in at one instant goes out together, later.
