@@ -9,6 +9,8 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
 use http_body_util::{BodyExt as _, Empty};
 use hyper::body::Incoming as Body;
 use hyper::header::{
@@ -22,6 +24,7 @@ use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use tokio::net::{TcpStream, UnixStream, lookup_host};
+use tokio::time::sleep;
 use tokio_rustls::TlsConnector;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
@@ -31,6 +34,13 @@ use super::socket::Socket;
 use super::stream::Io;
 use crate::config::{Endpoint, EndpointAddress};
 use crate::protocol::{CHALLENGE_HEADER, Challenge, TOKEN_LETS_IN, TYPES_HEADER};
+
+/// Addresses of one name that are tried, the first of those that it has: each holds a socket until
+/// one of them connects (I7). The last one's turn comes within four seconds.
+const ADDRESSES_MAX: usize = 16;
+
+/// How long an address has before the next one is tried beside it (RFC 8305 §5).
+const NEXT_ADDRESS_AFTER: Duration = Duration::from_millis(250);
 
 /// Bytes of a refusal's body that are shown.
 const EXCERPT_BYTES: usize = 200;
@@ -49,7 +59,7 @@ pub(super) const AGENT: &str = concat!("waybill/", env!("CARGO_PKG_VERSION"));
 pub struct Steps {
     /// The name that was resolved; empty for a Unix socket.
     pub host: String,
-    /// What it resolves to.
+    /// What it resolves to, as far as it is tried.
     pub addresses: Vec<SocketAddr>,
     /// There is a connection to the endpoint.
     pub connected: bool,
@@ -83,7 +93,8 @@ impl<'a> Offer<'a> {
     }
 }
 
-/// Opens a WebSocket: resolves the name anew, tries each address, then upgrades with the token.
+/// Opens a WebSocket: resolves the name anew, takes the first of its addresses that connects, then
+/// upgrades with the token.
 ///
 /// `tls` is needed where the endpoint says TLS. Nothing is retried: the caller decides by the
 /// error. Dropping the future drops the attempt.
@@ -192,25 +203,37 @@ fn server_name(host: &str) -> &str {
     }
 }
 
+/// Connects to the first address that answers, and tries them beside each other: one that drops what
+/// it is sent does not hold up the others.
 async fn tcp(host: &str, port: u16, steps: &mut Steps) -> Result<TcpStream, ConnectError> {
     let resolve = |source| ConnectError::Resolve { host: host.to_owned(), source };
     host.clone_into(&mut steps.host);
-    steps.addresses = lookup_host((host, port)).await.map_err(resolve)?.collect();
+    let found = lookup_host((host, port)).await.map_err(resolve)?;
+    steps.addresses = found.take(ADDRESSES_MAX).collect();
     let mut last = resolve(io::Error::other("the name has no address"));
-    for &address in &steps.addresses {
-        match TcpStream::connect(address).await {
-            Ok(stream) => {
+    let mut untried = steps.addresses.iter();
+    let mut attempts = FuturesUnordered::new();
+    let attempt =
+        |&address: &SocketAddr| async move { (address, TcpStream::connect(address).await) };
+    loop {
+        attempts.extend(untried.next().map(attempt));
+        let ended = tokio::select! {
+            ended = attempts.next() => ended,
+            () = sleep(NEXT_ADDRESS_AFTER), if untried.len() > 0 => continue,
+        };
+        match ended {
+            Some((_, Ok(stream))) => {
                 // Receipts and small frames must not wait for a full segment. Failing here only
                 // costs time.
                 let _ = stream.set_nodelay(true);
                 return Ok(stream);
             }
-            Err(source) => {
+            Some((address, Err(source))) => {
                 last = ConnectError::Unreachable { address: address.to_string(), source };
             }
+            None => return Err(last),
         }
     }
-    Err(last)
 }
 
 /// In TLS 1.3 a server's word on our certificate comes after the handshake, as an alert where the

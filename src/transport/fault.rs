@@ -34,7 +34,7 @@ pub enum ConnectError {
     /// No address took the connection.
     #[error("{address} does not answer: {source}; is it up, and the port open?")]
     Unreachable {
-        /// The last address tried.
+        /// The last address that failed.
         address: String,
         /// From the operating system.
         source: io::Error,

@@ -215,7 +215,7 @@ fn one_receiver_dials_three_senders_that_come_later() {
     assert!(senders.iter_mut().map(Process::stop).all(|status: ExitStatus| status.success()));
 }
 
-/// TLS at the shipped nginx, a Unix socket behind it.
+/// TLS at the shipped nginx, a Unix socket behind it, and a path of its own: other things are served there too.
 #[test]
 fn a_sender_behind_nginx_is_dialled() {
     const LINES: usize = 5_000;
@@ -230,6 +230,7 @@ fn a_sender_behind_nginx_is_dialled() {
         ("/etc/ssl/private/logs.example.org.key", at("server.key")),
         ("listen 443 ssl;", format!("listen 127.0.0.1:{port} ssl;")),
         ("    listen [::]:443 ssl;\n", String::new()),
+        ("location / {", "location /logs/web-1/ {".to_owned()),
         ("unix:/run/waybill/receive.sock:", format!("unix:{}:", at("send.sock"))),
     ] {
         assert!(text.contains(from), "the shipped file no longer holds {from:?}");
@@ -237,7 +238,7 @@ fn a_sender_behind_nginx_is_dialled() {
     }
     let Some(mut nginx) = Nginx::start(&text) else { return };
     // nginx has nobody behind it yet.
-    let receiver = reversed.receiver(&[&dial(port)]);
+    let receiver = reversed.receiver(&[&format!("{}logs/web-1/", dial(port))]);
     receiver.wait_for_log("refused with HTTP status 502");
     bench.write("app.log", lines("line", LINES / 2));
     let socket = format!("unix:{}", at("send.sock"));

@@ -3,6 +3,8 @@
 #[allow(dead_code)]
 pub mod clients;
 #[allow(dead_code)]
+pub mod dns;
+#[allow(dead_code)]
 pub mod documents;
 #[allow(dead_code)]
 pub mod host;

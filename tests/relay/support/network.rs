@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::process::Command;
@@ -83,6 +83,23 @@ impl Wire {
         fs::write(path, format!("127.0.0.1 localhost\n{text}")).expect("hosts");
     }
 
+    /// The socket that is asked for names by whatever starts on the near host from now on; an unanswered question ends after
+    /// a second.
+    pub fn near_resolver(&self) -> UdpSocket {
+        for (name, text) in [
+            ("resolv.conf", "nameserver 127.0.0.1\nsearch .\noptions timeout:1 attempts:1\n"),
+            ("nsswitch.conf", "hosts: files dns\n"),
+        ] {
+            fs::write(format!("/etc/netns/{}/{name}", self.near), text).expect(name);
+        }
+        let near = self.near.clone();
+        let bound = thread::spawn(move || {
+            enter(&near);
+            UdpSocket::bind(("127.0.0.1", 53)).expect("the port is free")
+        });
+        bound.join().expect("a socket")
+    }
+
     /// Every hundredth packet is lost in both directions, the eleventh first (nft(8), `numgen`): at random, none might be.
     pub fn lose_one_percent(&self) {
         for host in [&self.near, &self.far] {
@@ -96,12 +113,42 @@ impl Wire {
 
     /// How many packets were lost that way.
     pub fn lost(&self) -> u64 {
-        let count = |host: &str| {
-            let text = run(&["ip", "netns", "exec", host, "nft", "list ruleset"]);
-            let mut words = text.split_whitespace().skip_while(|word| *word != "packets").skip(1);
-            words.next().and_then(|word| word.parse::<u64>().ok()).expect("a counter")
-        };
-        count(&self.near) + count(&self.far)
+        [&self.near, &self.far].map(|host| counted(host, "loss")).iter().sum()
+    }
+
+    /// The far host has this address as well.
+    pub fn add_far(&self, address: &str) {
+        run(&["ip", "-n", &self.far, "address", "add", &format!("{address}/24"), "dev", "wire"]);
+    }
+
+    /// What is sent to this address of the far host vanishes, as behind a firewall that drops.
+    pub fn swallow(&self, address: &str) {
+        let rules = format!(
+            "add table inet swallow; add chain inet swallow in \
+             {{ type filter hook input priority 0; policy accept; }}; \
+             add rule inet swallow in ip daddr {address} counter drop"
+        );
+        run(&["ip", "netns", "exec", &self.far, "nft", &rules]);
+    }
+
+    /// How many packets vanished that way.
+    pub fn swallowed(&self) -> u64 {
+        counted(&self.far, "swallow")
+    }
+
+    /// From now on, packets with data that reach either host are counted; TCP's bare acknowledgements are not pushed.
+    pub fn count_data(&self) {
+        for host in [&self.near, &self.far] {
+            let rules = "add table inet data; add chain inet data in \
+                         { type filter hook input priority 0; policy accept; }; \
+                         add rule inet data in iifname wire tcp flags & psh == psh counter";
+            run(&["ip", "netns", "exec", host, "nft", rules]);
+        }
+    }
+
+    /// How many came to the near host, and how many to the far one.
+    pub fn data(&self) -> [u64; 2] {
+        [&self.near, &self.far].map(|host| counted(host, "data"))
     }
 
     /// What is sent vanishes, and nobody is told: packets are dropped as they come in.
@@ -134,13 +181,10 @@ impl Wire {
     /// A relay on the far host, from [`FAR`] to its loopback, that delivers every byte so much
     /// later, in both directions. It serves until the test program ends.
     pub fn delay(&self, port: u16, to: u16, delay: Duration) {
-        let namespace = format!("/var/run/netns/{}", self.far);
+        let far = self.far.clone();
         let (ready, bound) = mpsc::sync_channel(1);
         thread::spawn(move || {
-            let file = fs::File::open(namespace).expect("the namespace");
-            // SAFETY: setns changes this thread only, which belongs to this relay.
-            let entered = unsafe { libc::setns(file.as_raw_fd(), libc::CLONE_NEWNET) };
-            assert_eq!(entered, 0, "setns: {}", io::Error::last_os_error());
+            enter(&far);
             let address = SocketAddr::new(FAR.parse().expect("an address"), port);
             let listener = TcpListener::bind(address).expect("the address is free");
             ready.send(()).expect("the test waits");
@@ -168,9 +212,24 @@ impl Drop for Wire {
     }
 }
 
+/// What the counter in this table of a host's nftables shows, in packets.
+fn counted(host: &str, table: &str) -> u64 {
+    let text = run(&["ip", "netns", "exec", host, "nft", "list table inet", table]);
+    let mut words = text.split_whitespace().skip_while(|word| *word != "packets").skip(1);
+    words.next().and_then(|word| word.parse().ok()).expect("a counter")
+}
+
 fn renumber(host: &str, from: &str, to: &str) {
     run(&["ip", "-n", host, "address", "del", &format!("{from}/24"), "dev", "wire"]);
     run(&["ip", "-n", host, "address", "add", &format!("{to}/24"), "dev", "wire"]);
+}
+
+/// Moves this thread, and those that it starts, into a host's network.
+fn enter(host: &str) {
+    let file = fs::File::open(format!("/var/run/netns/{host}")).expect("the namespace");
+    // SAFETY: setns changes this thread only.
+    let entered = unsafe { libc::setns(file.as_raw_fd(), libc::CLONE_NEWNET) };
+    assert_eq!(entered, 0, "setns: {}", io::Error::last_os_error());
 }
 
 /// Copies until either side ends; what came in at one instant goes out together, later.
