@@ -22,10 +22,7 @@ use crate::protocol::{Challenge, SUBPROTOCOL};
 use crate::record::escape_path;
 use crate::tls::{ClientTrust, TlsError};
 use crate::tokens::file_advice;
-use crate::transport::{ConnectError, Offer, Pause, Retry, Socket, connect};
-
-/// How long a connection attempt may take, from name to upgrade.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
+use crate::transport::{CONNECT_TIMEOUT, ConnectError, Offer, Pause, Retry, Socket, connect};
 
 /// One sender and how it is dialled.
 #[derive(Debug)]

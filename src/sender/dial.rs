@@ -15,10 +15,7 @@ use crate::protocol::SUBPROTOCOL;
 use crate::record::escape_path;
 use crate::tls::ClientTrust;
 use crate::tokens::file_advice;
-use crate::transport::{ConnectError, Offer, Pause, Retry, connect};
-
-/// How long a connection attempt may take, from name to upgrade.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
+use crate::transport::{CONNECT_TIMEOUT, ConnectError, Offer, Pause, Retry, connect};
 
 /// Why there is no link.
 #[derive(Debug, Error)]

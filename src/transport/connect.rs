@@ -42,6 +42,9 @@ const ADDRESSES_MAX: usize = 16;
 /// How long an address has before the next one is tried beside it (RFC 8305 §5).
 const NEXT_ADDRESS_AFTER: Duration = Duration::from_millis(250);
 
+/// How long either side that dials waits, from the name to the answer of the upgrade.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
+
 /// Bytes of a refusal's body that are shown.
 const EXCERPT_BYTES: usize = 200;
 

@@ -279,6 +279,7 @@ fn advice(status: u16, body: &str) -> String {
             "a proxy or the receiver takes this request for broken: check address and certificate"
         }
         401 => "the token is unknown, expired or revoked: ask for one with `waybill token`",
+        403 if body.contains("cannot check") => "",
         403 if body.contains("client certificate") => "show the right one with --cert and --key",
         403 if body.contains("token") => "",
         403 => "a proxy or the server itself forbids this request",

@@ -14,7 +14,7 @@ mod retry;
 mod socket;
 mod stream;
 
-pub use connect::{Offer, Steps, ask, connect, connect_noting};
+pub use connect::{CONNECT_TIMEOUT, Offer, Steps, ask, connect, connect_noting};
 pub use fault::{ConnectError, TlsFault};
 pub use heartbeat::{Beat, Heartbeat};
 pub use listen::{BindError, Listener};

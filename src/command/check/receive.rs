@@ -14,7 +14,7 @@ use crate::destination::embedded;
 use crate::record::escape_path;
 use crate::tls;
 use crate::tokens::{Entry, Tokens};
-use crate::transport::{ConnectError, Steps, ask};
+use crate::transport::{CONNECT_TIMEOUT, ConnectError, Steps, ask};
 
 pub(super) async fn check(
     args: cli::Receive,
@@ -89,7 +89,7 @@ async fn dialled(report: &mut Report, sender: &DialledSender) -> io::Result<()> 
         Err(error) => return report.fail("tls", of, error.to_string()),
     };
     let mut steps = Steps::default();
-    let asked = ask(endpoint, tls, token.trim(), receiver::TIMEOUT, &mut steps)
+    let asked = ask(endpoint, tls, token.trim(), CONNECT_TIMEOUT, &mut steps)
         .await
         .map_err(|error| error.trusting(ca.as_deref()));
     if !receiver::way(report, endpoint, &steps, asked.as_ref().err())? {

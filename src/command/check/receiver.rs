@@ -3,7 +3,6 @@
 use std::io;
 use std::net::IpAddr;
 use std::path::Path;
-use std::time::Duration;
 
 use super::Report;
 use crate::clock::http_date;
@@ -11,10 +10,9 @@ use crate::config::{DialConfig, Endpoint, SendConfig, SourceConfig};
 use crate::protocol::SUBPROTOCOL;
 use crate::record::escape_path;
 use crate::tls::{self, Leaf};
-use crate::transport::{ConnectError, Offer, Socket, Steps, close, connect_noting};
-
-/// As long as a sender waits.
-pub(super) const TIMEOUT: Duration = Duration::from_secs(10);
+use crate::transport::{
+    CONNECT_TIMEOUT, ConnectError, Offer, Socket, Steps, close, connect_noting,
+};
 
 /// Dials, and closes right after the upgrade: without a `hello` the receiver takes nobody for a
 /// second instance of the sender.
@@ -33,7 +31,7 @@ pub(super) async fn check(
     };
     let offer = Offer::new(token.trim(), SUBPROTOCOL);
     let mut steps = Steps::default();
-    let connected = connect_noting(endpoint, tls, &offer, TIMEOUT, &mut steps)
+    let connected = connect_noting(endpoint, tls, &offer, CONNECT_TIMEOUT, &mut steps)
         .await
         .map_err(|error| error.trusting(dial.ca.as_deref()));
     told(report, endpoint, &steps, connected.as_ref().err())?;
@@ -209,5 +207,5 @@ async fn leave(socket: Socket) {
         }
     };
     // It is gone either way.
-    let _ = tokio::time::timeout(TIMEOUT, closing).await;
+    let _ = tokio::time::timeout(CONNECT_TIMEOUT, closing).await;
 }
