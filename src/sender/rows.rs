@@ -184,12 +184,25 @@ pub fn complete(entry: &mut Entry, welcome: &Welcome) {
     }
 }
 
-/// Whether new lines under this row would go where this receiver puts new lines.
-pub fn suits(entry: &Entry, welcome: &Welcome) -> bool {
+/// Why new lines of a row would not lie beside its earlier ones at this receiver.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Misfit {
+    /// Its indices have other names.
+    Rule,
+    /// It writes into another store.
+    Destination,
+}
+
+/// `None` where new lines of the row may go to this receiver.
+pub fn misfit(entry: &Entry, welcome: &Welcome) -> Option<Misfit> {
     let same_rule = entry.row.rule.as_ref().is_none_or(|rule| *rule == welcome.rule);
     let same_destination = match (entry.destination, welcome.destination) {
         (Some(ours), Some(theirs)) => ours == theirs,
         _ => true,
     };
-    same_rule && same_destination
+    match (same_rule, same_destination) {
+        (true, true) => None,
+        (false, _) => Some(Misfit::Rule),
+        (true, false) => Some(Misfit::Destination),
+    }
 }

@@ -154,7 +154,7 @@ fn balance_gives_each_file_to_one_receiver() {
     const FILES: usize = 40;
     let bench = Bench::new();
     let stores = [0, 1].map(|number| bench.path(&format!("store-{number}.sqlite")));
-    let receivers = stores.clone().map(|store| {
+    let mut receivers = stores.clone().map(|store| {
         bench.receiver_with(move |command| {
             command.arg("--store").arg(&store);
         })
@@ -182,6 +182,13 @@ fn balance_gives_each_file_to_one_receiver() {
     assert!(first.is_disjoint(&second), "{first:?} {second:?}");
     assert!(!first.is_empty() && !second.is_empty(), "{} and {}", first.len(), second.len());
     assert_eq!(first.len() + second.len(), FILES);
+    // Where one is gone its files lie in both stores from then on.
+    assert!(!sender.log().contains("into another store"), "{}", sender.log());
+    receivers[0].stop();
+    for number in 0..FILES {
+        bench.append(&format!("app-{number}.log"), "late\n");
+    }
+    sender.wait_for_log("the receiver writes into another store than the one before");
     assert!(sender.stop().success());
 }
 

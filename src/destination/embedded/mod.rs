@@ -234,7 +234,7 @@ impl Store {
     fn tend(&mut self, lines: u64) -> Tended {
         let mut deleted = 0;
         while deleted < lines {
-            match self.retention.step(&self.writer.connection, now_ms()) {
+            match self.retention.step(&self.writer.connection, now_ms(), Instant::now()) {
                 Ok(Step::Done) => return Tended::Done,
                 Ok(Step::Deleted(some)) => deleted += some as u64,
                 Err(error) => {

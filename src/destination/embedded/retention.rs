@@ -3,8 +3,13 @@
 //! Only what `keep_days` and `keep_bytes` name is deleted, in the order in which it arrived: a time
 //! that a line gives itself must not push out other senders' lines (I4). Freed pages are used again;
 //! the file itself does not shrink.
+//!
+//! Age is told by this machine's clock, which may jump. So what is too old goes a day for each hour that
+//! passes, at most: a clock that is ahead for a while does not empty a store whose lines have their receipts.
 
-use rusqlite::{Connection, Transaction, TransactionBehavior};
+use std::time::Instant;
+
+use rusqlite::{Connection, OptionalExtension as _, Transaction, TransactionBehavior};
 
 use crate::config::EmbeddedConfig;
 
@@ -16,11 +21,45 @@ const MERGE_PAGES: i64 = 64;
 
 const DAY_MS: i64 = 24 * 60 * 60 * 1000;
 
+/// How many times as fast as time passes age may delete.
+const HASTE: u32 = 24;
+
 /// What is kept.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Retention {
-    days: Option<u32>,
+    age: Option<Age>,
     bytes: Option<u64>,
+}
+
+/// How old lines may be.
+#[derive(Clone, Debug)]
+struct Age {
+    /// In milliseconds.
+    max: i64,
+    /// What arrived before may go, in milliseconds since 1970; `None` before the first look.
+    before: Option<i64>,
+    looked: Instant,
+}
+
+impl Age {
+    /// Up to which time of arrival lines go, at a moment that the clock calls `now`.
+    fn before(
+        &mut self,
+        connection: &Connection,
+        now: i64,
+        moment: Instant,
+    ) -> rusqlite::Result<i64> {
+        let wanted = now.saturating_sub(self.max);
+        let gained = moment.saturating_duration_since(self.looked).saturating_mul(HASTE);
+        let known = match self.before {
+            Some(known) => known,
+            None => oldest_arrival(connection)?.unwrap_or(wanted),
+        };
+        let gained = i64::try_from(gained.as_millis()).unwrap_or(i64::MAX);
+        let before = wanted.min(known.saturating_add(gained));
+        (self.before, self.looked) = (Some(before), moment);
+        Ok(before)
+    }
 }
 
 /// What a step did.
@@ -34,23 +73,29 @@ pub(super) enum Step {
 
 impl Retention {
     pub(super) fn new(config: &EmbeddedConfig) -> Retention {
-        Retention { days: config.keep_days, bytes: config.keep_bytes }
+        let age =
+            |days| Age { max: i64::from(days) * DAY_MS, before: None, looked: Instant::now() };
+        Retention { age: config.keep_days.map(age), bytes: config.keep_bytes }
     }
 
-    /// Deletes some of the oldest lines if there is anything to delete. `now` is in milliseconds
-    /// since 1970.
-    pub(super) fn step(&self, connection: &Connection, now: u64) -> rusqlite::Result<Step> {
+    /// Deletes some of the oldest lines if there is anything to delete. `now` is what the clock says
+    /// at that moment, in milliseconds since 1970.
+    pub(super) fn step(
+        &mut self,
+        connection: &Connection,
+        now: u64,
+        moment: Instant,
+    ) -> rusqlite::Result<Step> {
         let now = i64::try_from(now).unwrap_or(i64::MAX);
-        let too_old = self.days.map(|days| now.saturating_sub(i64::from(days) * DAY_MS));
         let too_many = match self.bytes {
             Some(bytes) => used_bytes(connection)? > bytes,
             None => false,
         };
         if too_many {
-            return delete_before(connection, i64::MAX);
+            return delete_before(connection, i64::MAX, i64::MAX);
         }
-        match too_old {
-            Some(time) => delete_before(connection, time),
+        match &mut self.age {
+            Some(age) => delete_before(connection, age.before(connection, now, moment)?, now),
             None => Ok(Step::Done),
         }
     }
@@ -64,8 +109,8 @@ pub(super) fn used_bytes(connection: &Connection) -> rusqlite::Result<u64> {
 }
 
 /// Deletes the oldest lines and parked lines that arrived before `time`.
-fn delete_before(connection: &Connection, time: i64) -> rusqlite::Result<Step> {
-    let oldest = oldest_lines(connection, time)?;
+fn delete_before(connection: &Connection, time: i64, now: i64) -> rusqlite::Result<Step> {
+    let oldest = oldest_lines(connection, time, now)?;
     let Some(&(last, arrived)) = oldest.last() else {
         return delete_parked(connection, time);
     };
@@ -86,13 +131,22 @@ fn delete_before(connection: &Connection, time: i64) -> rusqlite::Result<Step> {
     Ok(Step::Deleted(oldest.len()))
 }
 
-/// Number and time of arrival of the oldest lines, up to the first that did not arrive before `time`.
-fn oldest_lines(connection: &Connection, time: i64) -> rusqlite::Result<Vec<(i64, i64)>> {
-    connection
+/// Number and time of arrival of the oldest lines, up to the last before the first that did not arrive before
+/// `time`. One that arrived after `now`, by a clock that was ahead, is as old as the next that did not.
+fn oldest_lines(connection: &Connection, time: i64, now: i64) -> rusqlite::Result<Vec<(i64, i64)>> {
+    let mut lines: Vec<(i64, i64)> = connection
         .prepare_cached("SELECT line, arrived FROM lines ORDER BY line LIMIT ?1")?
         .query_map([STEP_LINES as i64], |row| Ok((row.get(0)?, row.get(1)?)))?
-        .take_while(|line| !matches!(line, Ok((_, arrived)) if *arrived >= time))
-        .collect()
+        .take_while(|line| !matches!(line, Ok((_, arrived)) if (time..=now).contains(arrived)))
+        .collect::<Result<_, _>>()?;
+    let last = lines.iter().rposition(|(_, arrived)| *arrived < time);
+    lines.truncate(last.map_or(0, |last| last + 1));
+    Ok(lines)
+}
+
+fn oldest_arrival(connection: &Connection) -> rusqlite::Result<Option<i64>> {
+    let oldest = "SELECT arrived FROM lines ORDER BY line LIMIT 1";
+    connection.query_row(oldest, [], |row| row.get(0)).optional()
 }
 
 /// Where no line is left to delete, the oldest of the parked ones go.

@@ -440,12 +440,17 @@ fn hourly(store: &mut Store, lines: u64) {
     batch.commit().expect("a commit");
 }
 
+/// As it is a week after the opening.
 fn keep(store: &Store, days: Option<u32>, bytes: Option<u64>, now: u64) -> usize {
     let config = EmbeddedConfig { keep_days: days, keep_bytes: bytes, ..config(&store.path) };
-    let retention = Retention::new(&config);
+    let moment = Instant::now() + Duration::from_secs(7 * 24 * 3600);
+    deleted_at(store, &mut Retention::new(&config), now, moment)
+}
+
+fn deleted_at(store: &Store, retention: &mut Retention, now: u64, moment: Instant) -> usize {
     let mut deleted = 0;
     while let Step::Deleted(some) =
-        retention.step(&store.writer.connection, now).expect("a deletion")
+        retention.step(&store.writer.connection, now, moment).expect("a deletion")
     {
         deleted += some;
     }
@@ -464,6 +469,42 @@ fn keep_days_deletes_what_is_older_and_nothing_else() {
     assert_eq!(matches(connection, "hour0") + matches(connection, "hour1439"), 0);
     assert_eq!(matches(connection, "hour1440"), 1);
     assert_eq!(count(connection, "segments"), 40, "segments go with their last line");
+}
+
+#[test]
+fn a_clock_that_is_ahead_for_a_while_deletes_a_day_for_each_hour() {
+    let folder = folder();
+    let mut store = open(&folder.path().join("store"));
+    hourly(&mut store, 30 * 24);
+    let config = EmbeddedConfig { keep_days: Some(30), ..config(&store.path) };
+    let mut retention = Retention::new(&config);
+    let opened = Instant::now();
+    let mut at = |days: u64, hours: u64| {
+        let moment = opened + Duration::from_secs(hours * 3600);
+        deleted_at(&store, &mut retention, days * DAY_MS, moment)
+    };
+    assert_eq!(at(30, 0) + at(31, 24), 24, "a day later the first day goes");
+    // 40 days ahead at once.
+    assert_eq!(at(71, 24), 0);
+    assert_eq!(at(71, 25), 24);
+    assert_eq!(at(31, 26) + at(32, 48), 0, "the clock is right again");
+    assert_eq!(at(33, 72), 24);
+}
+
+#[test]
+fn a_line_of_a_clock_that_was_ahead_holds_up_nobody() {
+    let folder = folder();
+    let mut store = open(&folder.path().join("store"));
+    hourly(&mut store, 10 * 24);
+    let ahead = "UPDATE lines SET arrived = arrived + ?1 WHERE line IN \
+                 (SELECT line FROM lines ORDER BY line LIMIT 3 OFFSET 5)";
+    store.writer.connection.execute(ahead, [1000 * DAY_MS as i64]).expect("an update");
+    assert_eq!(keep(&store, Some(4), None, 10 * DAY_MS), 6 * 24);
+    // The newest may have arrived just now.
+    let ahead =
+        "UPDATE lines SET arrived = arrived + ?1 WHERE line = (SELECT max(line) FROM lines)";
+    store.writer.connection.execute(ahead, [1000 * DAY_MS as i64]).expect("an update");
+    assert_eq!(keep(&store, Some(4), None, 100 * DAY_MS), 4 * 24 - 1);
 }
 
 #[test]
@@ -648,6 +689,10 @@ async fn a_store_without_work_deletes_what_became_too_old() {
     let mut store =
         Store::open(&EmbeddedConfig { keep_days: Some(1), ..config(&path) }).expect("a store");
     hourly(&mut store, 5000);
+    // As it is a year after the opening.
+    let moment = Instant::now() + Duration::from_secs(365 * 24 * 3600);
+    let first = store.retention.step(&store.writer.connection, now_ms(), moment);
+    assert!(matches!(first, Ok(Step::Deleted(1000))), "{first:?}");
     let queue = Arc::new(Queue::default());
     queue.close();
     store.run(queue, CancellationToken::new()).await;

@@ -23,8 +23,9 @@ pub(super) struct Line<'a> {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Envelope<'a> {
+    /// Bytes: half of a surrogate pair, as a line has that was cut within an emoji, is no text.
     #[serde(borrow)]
-    line: Cow<'a, str>,
+    line: Cow<'a, [u8]>,
     #[serde(borrow, default)]
     key: Option<&'a RawValue>,
     #[serde(borrow, default)]
@@ -42,7 +43,7 @@ impl<'a> Line<'a> {
     pub fn read(message: &'a str) -> Result<Line<'a>, String> {
         let line = match envelope(message) {
             Some(Envelope { line, key, time }) => Line {
-                payload: without_newline(line),
+                payload: without_newline(text(line)),
                 key: key.map_or(Ok(String::new()), read_key)?,
                 time: time.map(read_time).transpose()?,
             },
@@ -86,6 +87,14 @@ fn read_time(raw: &RawValue) -> Result<u64, String> {
     time.ok_or_else(|| {
         "the time must be RFC 3339, or UNIX seconds or milliseconds in decimal digits".to_owned()
     })
+}
+
+/// U+FFFD for what is no text, the same at each repeat.
+fn text(line: Cow<'_, [u8]>) -> Cow<'_, str> {
+    match line {
+        Cow::Borrowed(line) => String::from_utf8_lossy(line),
+        Cow::Owned(line) => Cow::Owned(String::from_utf8_lossy(&line).into_owned()),
+    }
 }
 
 fn without_newline(line: Cow<'_, str>) -> Cow<'_, str> {
@@ -132,6 +141,8 @@ mod tests {
         let line = read(r#"{"time":"1795250808.089","line":"a \"b\"\n","key":"cb@01"}"#);
         assert_eq!((&*line.payload, &*line.key), ("a \"b\"", "cb@01"));
         assert_eq!(line.time, Some(1_795_250_808_089));
+        let line = read(r#"{"line":"cut \ud83d","key":"k","time":5}"#);
+        assert_eq!((&*line.payload, &*line.key), ("cut \u{fffd}\u{fffd}\u{fffd}", "k"));
         let line = read(r#" {"line":"{\"line\":\"a\"}","key":null,"time":5} "#);
         assert_eq!((&*line.payload, &*line.key, line.time), (r#"{"line":"a"}"#, "", Some(5000)));
     }

@@ -13,7 +13,7 @@ use super::{FINISHED_AFTER, Parts, Segment, Stream, place};
 use crate::record::{Day, Framing, SegmentId};
 use crate::sender::link::Link;
 use crate::sender::origin::{Origin, fingerprint_or_short};
-use crate::sender::rows::{Opening, complete, progress_at_start, suits};
+use crate::sender::rows::{Misfit, Opening, complete, misfit, progress_at_start};
 use crate::spool::Spool;
 use crate::state::{Entry, Fingerprint, Progress, State};
 
@@ -248,9 +248,21 @@ impl Stream {
         }
         let newest = self.segments.back().expect("a stream has a segment");
         let kept = matches!(self.origin.as_deref(), Some(Origin::Kept(_)));
-        if !kept && !suits(&newest.entry, welcome) && newest.window.end().is_none() {
+        let misfit = misfit(&newest.entry, welcome);
+        if let Some(misfit) = misfit.filter(|_| !kept && newest.window.end().is_none()) {
+            let path = newest.entry.row.whence().to_string();
             let boundary = self.boundary()?;
-            info!(offset = boundary, "the receiver names indices in another way now: a new row");
+            match misfit {
+                Misfit::Rule => info!(
+                    %path, offset = boundary,
+                    "the receiver names indices in another way now: a new row"
+                ),
+                Misfit::Destination => warn!(
+                    %path, offset = boundary,
+                    "the receiver writes into another store than the one before: a search in either \
+                     finds a part of these lines"
+                ),
+            }
             self.split_now(boundary, Some(link))?;
         }
         Ok(())

@@ -69,8 +69,9 @@ impl Flaw {
 
 #[derive(Deserialize)]
 struct Object<'a> {
+    /// Bytes: half of a surrogate pair, as a line has that was cut within an emoji, is no text.
     #[serde(borrow)]
-    line: Cow<'a, str>,
+    line: Cow<'a, [u8]>,
     #[serde(default)]
     key: Option<String>,
     #[serde(borrow, default)]
@@ -110,15 +111,15 @@ impl<'a> Posted<'a> {
             }
         };
         let payload = match text {
-            Cow::Borrowed(text) => Cow::Borrowed(without_newline(text).as_bytes()),
-            Cow::Owned(text) => Cow::Owned(without_newline(&text).as_bytes().to_owned()),
+            Cow::Borrowed(text) => Cow::Borrowed(without_newline(text)),
+            Cow::Owned(text) => Cow::Owned(without_newline(&text).to_owned()),
         };
         Posted { time, key: Cow::Owned(key), payload, flaw }
     }
 }
 
-fn without_newline(text: &str) -> &str {
-    text.strip_suffix('\n').unwrap_or(text)
+fn without_newline(text: &[u8]) -> &[u8] {
+    text.strip_suffix(b"\n").unwrap_or(text)
 }
 
 /// The key of a piece of a line that is too long for one record. Two pieces may hold the same
@@ -145,6 +146,16 @@ mod tests {
         assert_eq!(posted.time, Some(1_795_250_808_089));
         assert_eq!((&*posted.key, &*posted.payload), (&b"cb@01"[..], &b"a \"b\""[..]));
         assert_eq!(posted.flaw, None);
+    }
+
+    #[test]
+    fn a_line_that_is_no_text_keeps_its_key() {
+        let posted = object(r#"{"line":"cut \ud83d","key":"k","time":5}"#);
+        assert_eq!((&*posted.key, posted.flaw), (&b"k"[..], None));
+        assert_eq!(&*posted.payload, b"cut \xed\xa0\xbd");
+        let latin = b"{\"line\":\"caf\xe9\",\"key\":\"k\",\"time\":5}";
+        let posted = Posted::read(latin, Form::Objects);
+        assert_eq!((&*posted.key, &*posted.payload), (&b"k"[..], &b"caf\xe9"[..]));
     }
 
     #[test]
