@@ -204,6 +204,25 @@ fn a_sender_whose_clock_is_a_day_off_says_so_and_loses_and_doubles_nothing() {
     }
 }
 
+/// A machine that was asleep, say, and has not asked for the time yet.
+#[test]
+fn lines_that_a_receiver_refuses_while_its_clock_is_behind_come_when_it_is_right() {
+    let bench = Bench::new();
+    let Some(clock) = Clock::new(&bench) else { return };
+    clock.set("-10d");
+    let receiver = receiver(&bench, &clock);
+    bench.write("app.log", lines("behind", 100));
+    let mut sender = bench.sender(&receiver, &["app.log"]);
+    sender.wait_for_log("the receiver refuses these lines: day ");
+    clock.set("+0");
+    bench.append("app.log", lines("right", 100));
+    bench.wait_for_lines(200);
+    assert!(sender.stop().success());
+    bench.assert_lines(numbered("behind", 100).chain(numbered("right", 100)));
+    // Nobody connected anew, which would offer the lines again by itself.
+    assert_eq!(receiver.log().matches("sender connected").count(), 1, "{}", receiver.log());
+}
+
 /// The side that dials hears the time of the other; here it is the receiver.
 #[test]
 fn a_receiver_that_dials_says_that_its_clock_is_a_day_off() {

@@ -8,10 +8,11 @@ use tokio::sync::SemaphorePermit;
 use tokio::task::JoinError;
 use tracing::{debug, error, warn};
 
-use super::{DISK_RETRY, End, Refusal, Step, Stream};
+use super::{DECLARE_AGAIN_AFTER, DISK_RETRY, End, Refusal, Step, Stream};
 use crate::protocol::{
     Control, FRAME_BYTES_MAX, FRAME_BYTES_TARGET, Open, Receipt, RefusalCode, Refused, Verdict,
 };
+use crate::record::Day;
 use crate::sender::link::{Letter, Link};
 use crate::sender::origin::{Framed, Read, Request};
 use crate::sender::receipts::Line;
@@ -330,6 +331,24 @@ impl Stream {
         Ok(link.send(Outgoing::Text(open.encode())).await)
     }
 
+    /// Has segments that were refused for their day declared anew under fresh handles, when it is time.
+    pub(super) fn declare_again(&mut self, link: &Link) {
+        if self.is_stopping() || self.leaves {
+            return;
+        }
+        let now = Instant::now();
+        for segment in &mut self.segments {
+            if segment.declare_at.is_none_or(|at| at > now) {
+                continue;
+            }
+            if let Some(handle) = segment.handle.take() {
+                link.unregister(handle, 0, 0);
+            }
+            segment.refused = false;
+            segment.declare_at = None;
+        }
+    }
+
     pub(super) async fn read_letters_on(&mut self, link: &Link) {
         let letters = self.mailbox.take();
         if letters.is_empty() {
@@ -404,6 +423,13 @@ impl Stream {
         segment.window.disconnected();
         if std::mem::replace(&mut segment.refused, true) {
             return;
+        }
+        let day = segment.entry.row.day;
+        // What was too old at the welcome, and is no recent day here, waits for a person, not for a clock.
+        if refused.code == RefusalCode::Day
+            && day >= link.welcome.days.from.min(Day::today().plus(-1))
+        {
+            segment.declare_at = Some(Instant::now() + DECLARE_AGAIN_AFTER);
         }
         let advice = match (refused.code, segment.untried) {
             (RefusalCode::Type, true) => {
