@@ -360,7 +360,7 @@ impl Stream {
                 return Some(end);
             }
             self.drop_finished().await;
-            self.declare_again(link);
+            self.declare_again(link).await;
             if link.closed.is_cancelled() {
                 return None;
             }

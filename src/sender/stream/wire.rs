@@ -331,19 +331,32 @@ impl Stream {
         Ok(link.send(Outgoing::Text(open.encode())).await)
     }
 
-    /// Has segments that were refused for their day declared anew under fresh handles, when it is time.
-    pub(super) fn declare_again(&mut self, link: &Link) {
+    /// Has segments that were refused for their day declared anew under fresh handles: at once under
+    /// a row of another day where the former lies ahead of what the clock says now, else when it is
+    /// time.
+    pub(super) async fn declare_again(&mut self, link: &Link) {
         if self.is_stopping() || self.leaves {
             return;
         }
-        let now = Instant::now();
-        for segment in &mut self.segments {
-            if segment.declare_at.is_none_or(|at| at > now) {
+        for number in 0..self.segments.len() {
+            let Some(at) = self.segments[number].declare_at else { continue };
+            let handle = self.segments[number].handle;
+            let goes_back = match self.take_back_day(number, link).await {
+                Ok(goes_back) => goes_back,
+                Err(error) => {
+                    warn!(%error, "a refused day cannot be replaced: it is tried again");
+                    self.segments[number].declare_at = Some(Instant::now() + DISK_RETRY);
+                    continue;
+                }
+            };
+            if !goes_back && at > Instant::now() {
                 continue;
             }
-            if let Some(handle) = segment.handle.take() {
+            if let Some(handle) = handle {
                 link.unregister(handle, 0, 0);
             }
+            let segment = &mut self.segments[number];
+            segment.handle = None;
             segment.refused = false;
             segment.declare_at = None;
         }
