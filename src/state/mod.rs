@@ -58,7 +58,7 @@ pub struct Entry {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub passed_over: Option<Box<Progress>>,
     /// A receiver refused the row, and none can ever have accepted it: nothing is stored under it, so
-    /// that a changed configuration may replace it.
+    /// that a changed configuration, or a clock that was set right, may replace it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub refused: bool,
 }

@@ -152,13 +152,8 @@ fn a_clock_that_is_set_back_by_a_day_loses_and_doubles_nothing() {
     bench.assert_lines(expected);
     assert!(!sender.log().contains("lost:"), "{}", sender.log());
     // A spool's segment ends with its day too.
-    let stored = bench.stored();
-    let index_of = |message: &str| {
-        let line = stored.iter().find(|line| line["message"] == message).expect("stored");
-        line["_index"].as_str().expect("a name")
-    };
-    let last = index_of(&format!("socket piece {} 0", pieces - 1));
-    assert!(last < index_of("socket before 0"), "{last}");
+    let last = index_of(&bench, &format!("socket piece {} 0", pieces - 1));
+    assert!(last < index_of(&bench, "socket before 0"), "{last}");
 }
 
 /// Said when it begins, not at each connection.
@@ -202,6 +197,74 @@ fn a_sender_whose_clock_is_a_day_off_says_so_and_loses_and_doubles_nothing() {
         let log = sender.log();
         assert!(!log.contains("lost:") && log.contains(" lost_bytes=0 "), "{log}");
     }
+}
+
+fn index_of(bench: &Bench, message: &str) -> String {
+    let stored = bench.stored();
+    let line = stored.iter().find(|line| line["message"] == message).expect("stored");
+    line["_index"].as_str().expect("a name").to_owned()
+}
+
+/// What was written while its machine's clock was ahead: no receiver took it under that day.
+#[test]
+fn a_file_from_a_day_to_come_is_sent_when_its_day_has_come_back() {
+    for restarts in [false, true] {
+        let bench = Bench::new();
+        let receiver = bench.receiver();
+        bench.write("app.log", lines("ahead", 100));
+        let file = File::options().append(true).open(bench.path("app.log")).expect("open");
+        file.set_modified(SystemTime::now() + 10 * DAY).expect("a time");
+        let mut sender = bench.sender(&receiver, &["app.log"]);
+        sender.wait_for_log("the receiver refuses these lines: day ");
+        if restarts {
+            assert!(sender.stop().success());
+        }
+        bench.append("app.log", lines("right", 100));
+        if restarts {
+            sender = bench.sender(&receiver, &["app.log"]);
+        }
+        bench.wait_for_lines(200);
+        assert!(sender.stop().success());
+        bench.assert_lines(numbered("ahead", 100).chain(numbered("right", 100)));
+        assert_eq!(index_of(&bench, "ahead 0"), index_of(&bench, "right 0"));
+    }
+}
+
+#[test]
+fn lines_that_arrived_on_a_day_to_come_are_sent_when_the_clock_is_right() {
+    let bench = Bench::new();
+    let Some(clock) = Clock::new(&bench) else { return };
+    clock.set("+10d");
+    let receiver = bench.receiver();
+    bench.write("app.log", "");
+    let mut sender = sender(&bench, &clock, &receiver);
+    write_to_socket(&bench, &lines("ahead", 100));
+    sender.wait_for_log("the receiver refuses these lines: day ");
+    clock.set("+0");
+    write_to_socket(&bench, &lines("right", 100));
+    bench.wait_for_lines(200);
+    assert!(sender.stop().success());
+    bench.assert_lines(numbered("ahead", 100).chain(numbered("right", 100)));
+    assert_eq!(index_of(&bench, "ahead 0"), index_of(&bench, "right 0"));
+}
+
+/// A machine that was asleep, say, and has not asked for the time yet.
+#[test]
+fn lines_that_a_receiver_refuses_while_its_clock_is_behind_come_when_it_is_right() {
+    let bench = Bench::new();
+    let Some(clock) = Clock::new(&bench) else { return };
+    clock.set("-10d");
+    let receiver = receiver(&bench, &clock);
+    bench.write("app.log", lines("behind", 100));
+    let mut sender = bench.sender(&receiver, &["app.log"]);
+    sender.wait_for_log("the receiver refuses these lines: day ");
+    clock.set("+0");
+    bench.append("app.log", lines("right", 100));
+    bench.wait_for_lines(200);
+    assert!(sender.stop().success());
+    bench.assert_lines(numbered("behind", 100).chain(numbered("right", 100)));
+    // Nobody connected anew, which would offer the lines again by itself.
+    assert_eq!(receiver.log().matches("sender connected").count(), 1, "{}", receiver.log());
 }
 
 /// The side that dials hears the time of the other; here it is the receiver.

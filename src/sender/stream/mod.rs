@@ -48,6 +48,10 @@ const REST_SOON: Duration = Duration::from_secs(2);
 /// How far the frontier may be ahead of the position (I7).
 const AHEAD_MAX: u64 = 128 << 20;
 
+/// How soon a segment that was refused for its day is declared anew, and the refusal said again:
+/// clocks are mended while a connection lasts.
+const DECLARE_AGAIN_AFTER: Duration = Duration::from_secs(60);
+
 /// How soon a failed disk operation is tried again.
 const DISK_RETRY: Duration = Duration::from_secs(2);
 
@@ -160,6 +164,8 @@ struct Segment {
     /// On the current link.
     handle: Option<u32>,
     refused: bool,
+    /// Refused for its day: it is declared anew then, on the same link.
+    declare_at: Option<Instant>,
     /// No receiver can have accepted it: each that it was declared to refused it.
     untried: bool,
     /// How many bytes the next read asks for.
@@ -183,6 +189,7 @@ impl Segment {
             before,
             handle: None,
             refused: false,
+            declare_at: None,
             want,
             lasts: Lasts::default(),
         })
@@ -328,6 +335,7 @@ impl Stream {
             segment.untried &= segment.handle.is_none() || segment.refused;
             segment.handle = None;
             segment.refused = false;
+            segment.declare_at = None;
         }
     }
 
@@ -352,6 +360,7 @@ impl Stream {
                 return Some(end);
             }
             self.drop_finished().await;
+            self.declare_again(link).await;
             if link.closed.is_cancelled() {
                 return None;
             }
@@ -419,6 +428,7 @@ impl Stream {
         let newest = self.segments.len() - 1;
         for (number, segment) in self.segments.iter().enumerate() {
             if segment.refused {
+                sooner(segment.declare_at);
                 continue;
             }
             let next = segment.window.next(now);

@@ -233,17 +233,13 @@ impl Stream {
             let entries = changed.iter().map(|(_, entry)| entry.clone()).collect();
             self.commit(entries, dropped).await?;
         }
-        let origin = self.origin.as_deref_mut().expect("no read is under way");
         for (id, entry) in changed {
-            let Some(segment) = self.segments.iter_mut().find(|s| s.id() == id) else { continue };
+            let Some(number) = self.segments.iter().position(|s| s.id() == id) else { continue };
             if entry.row.segment == id {
-                segment.entry = entry;
+                self.segments[number].entry = entry;
             } else {
-                let progress =
-                    Progress { position: segment.window.position(), ..segment.progress.clone() };
-                *segment = Segment::new(entry, progress, origin)?;
-                segment.untried = true;
-                self.context.state.set_progress(segment.id(), segment.progress.clone());
+                let renewed = self.renewed(number, entry)?;
+                self.put_in_place(number, renewed);
             }
         }
         let newest = self.segments.back().expect("a stream has a segment");
@@ -266,6 +262,48 @@ impl Stream {
             self.split_now(boundary, Some(link))?;
         }
         Ok(())
+    }
+
+    /// The segment of a row that renews this one's.
+    fn renewed(&mut self, number: usize, entry: Entry) -> io::Result<Segment> {
+        let origin = self.origin.as_deref_mut().expect("no read is under way");
+        let former = &self.segments[number];
+        let progress = Progress { position: former.window.position(), ..former.progress.clone() };
+        let segment = Segment::new(entry, progress, origin)?;
+        Ok(Segment { untried: true, ..segment })
+    }
+
+    /// Puts a segment, whose row is durable by now, in the place of the one that it renews.
+    fn put_in_place(&mut self, number: usize, segment: Segment) {
+        self.context.state.set_progress(segment.id(), segment.progress.clone());
+        self.segments[number] = segment;
+        // What was read of it before is read again.
+        self.ready = true;
+    }
+
+    /// A refused row that no receiver can have accepted, of a day that lies ahead of its file's last
+    /// change by now (of today, where there is no file), gives way to one of that day: the clock
+    /// that gave it was wrong. Tells whether it did.
+    pub(super) async fn take_back_day(&mut self, number: usize, link: &Link) -> io::Result<bool> {
+        let day = match self.origin.as_deref() {
+            Some(Origin::File(file)) => file.tail.day()?,
+            _ => Day::today(),
+        };
+        let segment = &self.segments[number];
+        let former_day = segment.entry.row.day;
+        if !segment.untried || day >= former_day {
+            return Ok(false);
+        }
+        let mut entry = segment.entry.renewed(segment.window.position());
+        entry.row.day = day;
+        info!(path = %entry.row.whence(), %former_day, %day,
+            "refused for a day that lies ahead: sent under the day of now");
+        complete(&mut entry, &link.welcome);
+        let refused = segment.id();
+        let renewed = self.renewed(number, entry.clone())?;
+        self.commit(vec![entry], vec![refused]).await?;
+        self.put_in_place(number, renewed);
+        Ok(true)
     }
 
     /// Records, durably, that the last line ends here without a newline.

@@ -8,10 +8,11 @@ use tokio::sync::SemaphorePermit;
 use tokio::task::JoinError;
 use tracing::{debug, error, warn};
 
-use super::{DISK_RETRY, End, Refusal, Step, Stream};
+use super::{DECLARE_AGAIN_AFTER, DISK_RETRY, End, Refusal, Step, Stream};
 use crate::protocol::{
     Control, FRAME_BYTES_MAX, FRAME_BYTES_TARGET, Open, Receipt, RefusalCode, Refused, Verdict,
 };
+use crate::record::Day;
 use crate::sender::link::{Letter, Link};
 use crate::sender::origin::{Framed, Read, Request};
 use crate::sender::receipts::Line;
@@ -330,6 +331,37 @@ impl Stream {
         Ok(link.send(Outgoing::Text(open.encode())).await)
     }
 
+    /// Has segments that were refused for their day declared anew under fresh handles: at once under
+    /// a row of another day where the former lies ahead of what the clock says now, else when it is
+    /// time.
+    pub(super) async fn declare_again(&mut self, link: &Link) {
+        if self.is_stopping() || self.leaves {
+            return;
+        }
+        for number in 0..self.segments.len() {
+            let Some(at) = self.segments[number].declare_at else { continue };
+            let handle = self.segments[number].handle;
+            let goes_back = match self.take_back_day(number, link).await {
+                Ok(goes_back) => goes_back,
+                Err(error) => {
+                    warn!(%error, "a refused day cannot be replaced: it is tried again");
+                    self.segments[number].declare_at = Some(Instant::now() + DISK_RETRY);
+                    continue;
+                }
+            };
+            if !goes_back && at > Instant::now() {
+                continue;
+            }
+            if let Some(handle) = handle {
+                link.unregister(handle, 0, 0);
+            }
+            let segment = &mut self.segments[number];
+            segment.handle = None;
+            segment.refused = false;
+            segment.declare_at = None;
+        }
+    }
+
     pub(super) async fn read_letters_on(&mut self, link: &Link) {
         let letters = self.mailbox.take();
         if letters.is_empty() {
@@ -404,6 +436,13 @@ impl Stream {
         segment.window.disconnected();
         if std::mem::replace(&mut segment.refused, true) {
             return;
+        }
+        let day = segment.entry.row.day;
+        // What was too old at the welcome, and is no recent day here, waits for a person, not for a clock.
+        if refused.code == RefusalCode::Day
+            && day >= link.welcome.days.from.min(Day::today().plus(-1))
+        {
+            segment.declare_at = Some(Instant::now() + DECLARE_AGAIN_AFTER);
         }
         let advice = match (refused.code, segment.untried) {
             (RefusalCode::Type, true) => {
