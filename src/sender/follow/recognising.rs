@@ -39,7 +39,7 @@ impl Follower {
         let streaming: HashMap<Inode, Uuid> =
             self.streams.iter().map(|(run, held)| (held.inode, *run)).collect();
         let rests = |inode: Inode, stamp: Stamp| {
-            self.resting.get(&inode).is_some_and(|resting| resting.stamp == stamp)
+            self.resting.get(&inode).is_some_and(|resting| resting.is_as_left(stamp))
         };
         let is_decided = |inode: Inode, stamp: Stamp| {
             self.copies.get(&inode).is_some_and(|copy| copy.is_decided(stamp))
@@ -53,7 +53,7 @@ impl Follower {
             if let Some(held) = streaming.get(inode).and_then(|run| self.streams.get_mut(run)) {
                 held.renamed(path);
             } else if let Some(resting) =
-                self.resting.get_mut(inode).filter(|resting| resting.stamp == *stamp)
+                self.resting.get_mut(inode).filter(|resting| resting.is_as_left(*stamp))
             {
                 resting.path.clone_from(path);
                 self.at_rest.insert(resting.run);
@@ -198,7 +198,7 @@ pub(super) fn family(path: &Path) -> PathBuf {
 fn resting(entry: &Entry) -> Option<Resting> {
     let progress = entry.passed_over.as_ref()?;
     let path = unescape_path(&entry.row.path);
-    Some(Resting { stamp: progress.rest?, run: entry.run, path })
+    Some(Resting { stamp: progress.rest?, may_grow: false, run: entry.run, path })
 }
 
 /// Joins what two rows of one run know of it.
