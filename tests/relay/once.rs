@@ -1,6 +1,6 @@
 //! `--once` sends what is there, and ends, whatever happens to the files meanwhile. The next run sends the rest.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::Write;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -108,4 +108,21 @@ fn a_file_that_is_rotated_after_its_turn_is_neither_lost_nor_doubled() {
         let app = app.into_iter().flat_map(|(tag, count)| numbered(tag, count));
         bench.assert_lines(app.chain(others).chain(successor));
     }
+}
+
+/// No later run finds it.
+#[test]
+fn a_file_that_is_deleted_meanwhile_is_sent_to_its_end() {
+    let bench = Bench::new();
+    let mut receiver = bench.receiver();
+    receiver.stop();
+    bench.write("app.log", lines("there", THERE));
+    let mut sender = once(&bench, &receiver.url(), &["app*.log"]);
+    sender.wait_for_log("following");
+    // Far more than one frame.
+    bench.append("app.log", lines("later", 100_000));
+    fs::remove_file(bench.path("app.log")).expect("remove");
+    receiver.start();
+    assert!(sender.wait().success(), "{}", sender.log());
+    bench.assert_lines(numbered("there", THERE).chain(numbered("later", 100_000)));
 }
