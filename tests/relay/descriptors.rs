@@ -1,5 +1,6 @@
 //! A low limit of open files: followed files and peers never take the last descriptor from the rest.
 
+use std::fs;
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -7,6 +8,7 @@ use std::process::Command;
 
 use rustix::process::{Resource, Rlimit, setrlimit};
 
+use crate::rotation::rename;
 use crate::support::servers::wait_until;
 use crate::support::waybill::{Bench, PATIENCE, Process};
 
@@ -58,6 +60,102 @@ fn more_files_and_peers_than_descriptors_are_served_in_turns() {
     assert!(output.status.success(), "{text}");
     let lines = |tag: &'static str| (0..FILES).map(move |number| format!("{tag} {number}"));
     bench.assert_lines(lines("first").chain(lines("second")));
+}
+
+/// Of each family that waits, one generation rests and the other one is for the next turn.
+#[test]
+fn more_rotated_files_than_descriptors_go_on_after_a_restart() {
+    const FILES: usize = 200;
+    for signal in ["-TERM", "-KILL"] {
+        let bench = Bench::new();
+        let receiver = bench.receiver();
+        let name = |number| format!("logs/{number:03}.log");
+        let start = || {
+            let mut command = bench.send_command(&receiver.url(), &["logs/*.log"]);
+            limit_files(&mut command, 128);
+            Process::start("sender", command, bench.path("sender.log"))
+        };
+        for number in 0..FILES {
+            bench.write(&name(number), format!("first {number}\n"));
+        }
+        let mut sender = start();
+        bench.wait_for_lines(FILES);
+        for number in 0..FILES {
+            rename(&bench, &name(number), &format!("{}.1", name(number)));
+            bench.write(&name(number), format!("second {number}\n"));
+        }
+        bench.wait_for_lines(2 * FILES);
+        sender.signal(signal);
+        sender.wait();
+        for number in 0..FILES {
+            bench.append(&name(number), format!("third {number}\n"));
+        }
+        let mut sender = start();
+        bench.wait_for_lines(3 * FILES);
+        assert!(sender.stop().success());
+        let mut once = bench.send_command(&receiver.url(), &["logs/*.log", "--once"]);
+        limit_files(&mut once, 128);
+        let output = once.output().expect("waybill send");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let lines = |tag: &'static str| (0..FILES).map(move |number| format!("{tag} {number}"));
+        bench.assert_lines(["first", "second", "third"].into_iter().flat_map(lines));
+    }
+}
+
+/// Whose turn has not come is not followed as somebody's sibling: its run is not looked for yet.
+#[test]
+fn files_that_wait_are_nobodys_siblings() {
+    const FILES: usize = 70;
+    let bench = Bench::new();
+    let receiver = bench.receiver();
+    let names: Vec<String> = (0..FILES).map(|number| format!("{number:02}.log")).collect();
+    let append = |tag: &str| {
+        for name in &names {
+            bench.append(name, format!("{tag} {name}\n"));
+        }
+    };
+    let patterns: Vec<&str> = names.iter().map(String::as_str).collect();
+    append("first");
+    bench.send_once(&receiver, &patterns).ok();
+    append("second");
+    let mut command = bench.send_command(&receiver.url(), &patterns);
+    limit_files(&mut command, 128);
+    let mut sender = Process::start("sender", command, bench.path("sender.log"));
+    bench.wait_for_lines(2 * FILES);
+    assert!(sender.stop().success());
+    let tagged = |tag: &str| names.iter().map(|name| format!("{tag} {name}")).collect::<Vec<_>>();
+    bench.assert_lines(["first", "second"].into_iter().flat_map(tagged));
+}
+
+#[test]
+fn rotated_files_of_families_that_wait_lie_elsewhere_until_their_turn() {
+    const FILES: usize = 70;
+    let bench = Bench::new();
+    let receiver = bench.receiver();
+    let source = "[[source]]\nfiles = \"logs/*.log\"\nrotated = [\"old/*\"]\n";
+    bench.write("sender.toml", source);
+    let arguments = ["--config", "sender.toml"];
+    let name = |number| format!("logs/{number:02}.log");
+    for number in 0..FILES {
+        bench.write(&name(number), format!("first {number}\n"));
+    }
+    bench.send_once(&receiver, &arguments).ok();
+    fs::create_dir(bench.path("old")).expect("a folder");
+    for number in 0..FILES {
+        bench.append(&name(number), format!("second {number}\n"));
+        // The last ones: it is them that wait.
+        if number >= 60 {
+            rename(&bench, &name(number), &format!("old/{number:02}.log.1"));
+            bench.write(&name(number), format!("third {number}\n"));
+        }
+    }
+    let mut command = bench.send_command(&receiver.url(), &arguments);
+    limit_files(&mut command, 128);
+    let mut sender = Process::start("sender", command, bench.path("sender.log"));
+    bench.wait_for_lines(2 * FILES + 10);
+    assert!(sender.stop().success());
+    let lines = |tag: &'static str| (0..FILES).map(move |number| format!("{tag} {number}"));
+    bench.assert_lines(lines("first").chain(lines("second")).chain(lines("third").skip(60)));
 }
 
 #[test]

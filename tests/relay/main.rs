@@ -34,6 +34,7 @@ mod network;
 mod nginx;
 mod nginx_front;
 mod nginx_queue;
+mod once;
 mod package;
 mod parsing;
 mod permissions;

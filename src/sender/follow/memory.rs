@@ -75,7 +75,8 @@ impl Follower {
                 && source.attributes.agree(&entry.row)
             {
                 let inode = Inode { device: progress.place.device, inode: progress.place.inode };
-                self.resting.insert(inode, Resting { stamp, run: entry.run, path });
+                let resting = Resting { stamp, may_grow: false, run: entry.run, path };
+                self.resting.insert(inode, resting);
             }
         }
     }

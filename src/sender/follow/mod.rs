@@ -136,8 +136,16 @@ impl Waiting {
 /// A file that needs no stream while it looks like this.
 struct Resting {
     stamp: Stamp,
+    /// With `--once`, it had its stream: what it has grown since is for the next start.
+    may_grow: bool,
     run: Uuid,
     path: PathBuf,
+}
+
+impl Resting {
+    fn is_as_left(&self, stamp: Stamp) -> bool {
+        self.stamp == stamp || (self.may_grow && self.stamp.size <= stamp.size)
+    }
 }
 
 /// What one sweep has seen.
@@ -241,7 +249,8 @@ impl Follower {
             End::Rests | End::Failed => {
                 self.failed |= ended.end == End::Failed;
                 if let (Some(held), Some(stamp)) = (held, ended.stamp) {
-                    let resting = Resting { stamp, run: ended.run, path: held.path };
+                    let (run, path, may_grow) = (ended.run, held.path, self.context.config.once);
+                    let resting = Resting { stamp, may_grow, run, path };
                     self.resting.insert(held.inode, resting);
                 }
             }
@@ -336,7 +345,7 @@ impl Follower {
             }
             let metadata = fs::metadata(&resting.path);
             let is_there = metadata.is_ok_and(|metadata| {
-                Inode::of(&metadata) == *inode && Stamp::of(&metadata) == resting.stamp
+                Inode::of(&metadata) == *inode && resting.is_as_left(Stamp::of(&metadata))
             });
             if is_there {
                 self.at_rest.insert(resting.run);
@@ -370,7 +379,7 @@ impl Follower {
             held.renamed(&path);
             return;
         }
-        let rests = self.resting.get_mut(&inode).filter(|resting| resting.stamp == stamp);
+        let rests = self.resting.get_mut(&inode).filter(|resting| resting.is_as_left(stamp));
         if let Some(resting) = rests {
             resting.path = path;
             self.at_rest.insert(resting.run);

@@ -31,15 +31,15 @@ impl Follower {
         found: Vec<Found>,
         waiting: &HashSet<PathBuf>,
     ) -> Result<usize, Undecided> {
+        let in_play: HashSet<PathBuf> = found.iter().map(|found| family(&found.path)).collect();
+        let absent: HashSet<PathBuf> = waiting.difference(&in_play).cloned().collect();
         let mut all = self.known();
-        if !waiting.is_empty() {
-            self.leave_out(waiting, &mut all, &found);
-        }
-        let scope = self.scope(&all, &found);
+        self.leave_out(&absent, &mut all, &found);
+        let scope = self.scope(&all, &found, absent);
         let streaming: HashMap<Inode, Uuid> =
             self.streams.iter().map(|(run, held)| (held.inode, *run)).collect();
         let rests = |inode: Inode, stamp: Stamp| {
-            self.resting.get(&inode).is_some_and(|resting| resting.stamp == stamp)
+            self.resting.get(&inode).is_some_and(|resting| resting.is_as_left(stamp))
         };
         let is_decided = |inode: Inode, stamp: Stamp| {
             self.copies.get(&inode).is_some_and(|copy| copy.is_decided(stamp))
@@ -53,7 +53,7 @@ impl Follower {
             if let Some(held) = streaming.get(inode).and_then(|run| self.streams.get_mut(run)) {
                 held.renamed(path);
             } else if let Some(resting) =
-                self.resting.get_mut(inode).filter(|resting| resting.stamp == *stamp)
+                self.resting.get_mut(inode).filter(|resting| resting.is_as_left(*stamp))
             {
                 resting.path.clone_from(path);
                 self.at_rest.insert(resting.run);
@@ -81,33 +81,32 @@ impl Follower {
 
     /// Leaves runs out of the decision whose file may be one that was not opened for want of
     /// descriptors: nothing must take them for gone, nor follow in their place.
-    fn leave_out(&self, waiting: &HashSet<PathBuf>, known: &mut Vec<Known>, found: &[Found]) {
-        let held = known.iter().filter(|known| self.is_held(known.run));
-        let mut in_play: HashSet<PathBuf> = held.map(|known| family(&known.path())).collect();
-        in_play.extend(found.iter().map(|found| family(&found.path)));
+    fn leave_out(&self, absent: &HashSet<PathBuf>, known: &mut Vec<Known>, found: &[Found]) {
         let inodes: HashSet<Inode> = found.iter().map(|found| found.tail.inode()).collect();
         known.retain(|known| {
             let place = &known.progress.place;
             let inode = Inode { device: place.device, inode: place.inode };
-            let family = family(&known.path());
             self.is_held(known.run)
-                || !waiting.contains(&family)
-                || in_play.contains(&family)
+                || !absent.contains(&family(&known.path()))
                 || inodes.contains(&inode)
         });
     }
 
-    /// The families of all names that are in play.
-    fn scope(&self, known: &[Known], found: &[Found]) -> Scope {
+    /// The families of all names that are in play. Of those that wait for their turn nothing is
+    /// opened, also where one of their files is held: their other runs are left out, and what is
+    /// opened would be taken for new.
+    fn scope(&self, known: &[Known], found: &[Found], absent: HashSet<PathBuf>) -> Scope {
         let of_runs = known.iter().filter_map(|known| Some((known.path(), known.source?)));
         let of_found = found.iter().map(|found| (found.path.clone(), found.source));
-        let mut scope = Scope { bases: of_runs.chain(of_found).collect(), rotated: Vec::new() };
+        let mut scope = Scope { bases: of_runs.chain(of_found).collect(), ..Scope::default() };
         for (number, source) in self.sources.iter().enumerate() {
             if !has_wildcard(&source.pattern) {
                 scope.bases.push((PathBuf::from(&source.pattern), number));
             }
             scope.rotated.extend(source.rotated.iter().map(|pattern| (pattern.clone(), number)));
         }
+        scope.bases.retain(|(path, _)| !absent.contains(&family(path)));
+        scope.absent = absent;
         scope
     }
 
@@ -199,7 +198,7 @@ pub(super) fn family(path: &Path) -> PathBuf {
 fn resting(entry: &Entry) -> Option<Resting> {
     let progress = entry.passed_over.as_ref()?;
     let path = unescape_path(&entry.row.path);
-    Some(Resting { stamp: progress.rest?, run: entry.run, path })
+    Some(Resting { stamp: progress.rest?, may_grow: false, run: entry.run, path })
 }
 
 /// Joins what two rows of one run know of it.

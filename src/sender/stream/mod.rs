@@ -132,6 +132,9 @@ pub struct Stream {
     ready: bool,
     /// The file's size when it was last looked at on the newest row's day.
     size_seen: Option<u64>,
+    /// With `--once`: where the file ended when it was taken up. What comes behind that is for the
+    /// next start, or a file that is written all the time would never be done.
+    enough: Option<u64>,
     /// When the file changed last, as far as it was seen.
     changed_at: Instant,
     /// The last read met a last line without its newline, which waits.
@@ -247,7 +250,9 @@ impl Stream {
         self.note_progress();
         let stamp = match self.origin.as_deref() {
             // It is left alone until it changes.
-            Some(Origin::File(file)) if end == End::Failed || self.is_past_end => {
+            Some(Origin::File(file))
+                if end == End::Failed || self.is_past_end || self.context.config.once =>
+            {
                 file.tail.stamp().ok()
             }
             _ => self.rest_stamp(),
@@ -361,6 +366,7 @@ impl Stream {
             }
             self.drop_finished().await;
             self.declare_again(link).await;
+            self.ready &= !self.has_enough();
             if link.closed.is_cancelled() {
                 return None;
             }
@@ -454,6 +460,18 @@ impl Stream {
         }
         sooner(Some(self.changed_at + self.rest_after()).filter(|at| *at > now));
         Work::Wait(due)
+    }
+
+    /// Whether all that is to be sent of a file with `--once` is on its way. What no name leads
+    /// to is read to its end: no later start finds it.
+    fn has_enough(&self) -> bool {
+        let frontier = self.segments.back().map_or(0, |segment| segment.window.frontier());
+        match self.origin.as_deref() {
+            Some(Origin::File(file)) if self.enough.is_some_and(|enough| frontier >= enough) => {
+                file.tail.links().is_ok_and(|links| links > 0)
+            }
+            _ => false,
+        }
     }
 
     /// Where the run ends, as far as that is known.

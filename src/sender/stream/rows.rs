@@ -71,6 +71,7 @@ impl Stream {
             }
             _ => (None, Instant::now()),
         };
+        let enough = size_seen.filter(|_| context.config.once);
         let lag = attributes.counters.lags.open();
         let mut stream = Stream {
             context,
@@ -85,6 +86,7 @@ impl Stream {
             leaves: false,
             ready: true,
             size_seen,
+            enough,
             changed_at,
             unfinished: false,
             retry_at: None,

@@ -1,7 +1,7 @@
 //! What lies around the files that a source names: where known files are by now, and rotated
 //! siblings that nobody knows.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -9,7 +9,7 @@ use thiserror::Error;
 
 use super::discovery::{names, sweep};
 use super::recognition::Found;
-use super::siblings::{base, is_of_family};
+use super::siblings::{are_related, base, is_of_family};
 use super::tail::{Inode, OpenError, Tail};
 use crate::descriptors;
 use crate::state::Stamp;
@@ -26,6 +26,8 @@ pub struct Scope {
     pub bases: Vec<(PathBuf, usize)>,
     /// Patterns of further places of rotated files, with the number of their source.
     pub rotated: Vec<(String, usize)>,
+    /// Families that are not looked at now, wherever their files lie.
+    pub absent: HashSet<PathBuf>,
 }
 
 /// What there is.
@@ -127,7 +129,9 @@ pub fn list(scope: &Scope) -> Result<BTreeMap<PathBuf, Listed>, SurveyError> {
         if swept.unreadable.iter().any(|(_, error)| descriptors::advice(error).is_some()) {
             return Err(SurveyError::Crowded);
         }
-        for path in swept.paths {
+        let is_absent =
+            |path: &PathBuf| scope.absent.iter().any(|family| are_related(family, path, true));
+        for path in swept.paths.into_iter().filter(|path| !is_absent(path)) {
             note(&mut listing, path, *source, true);
         }
     }

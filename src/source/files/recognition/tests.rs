@@ -84,7 +84,7 @@ impl Folder {
         let paths = paths.chain(found.iter().map(|found| found.path.clone()));
         let bases = paths.map(|path| (path, 0)).collect();
         let is_held = |inode, _| held.iter().any(|known| known.inode() == inode);
-        let scope = Scope { bases, rotated: Vec::new() };
+        let scope = Scope { bases, ..Scope::default() };
         let Survey { found, places } = survey(found, &scope, usize::MAX, is_held).expect("settled");
         let held: Vec<Held> = held
             .iter()
