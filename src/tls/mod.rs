@@ -166,7 +166,7 @@ fn certified(
     let Pair { chain, key, leaf } = pair(files)?;
     if let Some(fault) = leaf.as_ref().filter(|_| http).and_then(Leaf::refusal) {
         let certificate = escape_path(&files.certificate);
-        warn!(%certificate, "Waybill's other side refuses the certificate: it {fault}");
+        warn!(%certificate, "the other side will refuse the certificate: it {fault}");
     }
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()

@@ -132,7 +132,10 @@ pub enum TokensError {
         reason: String,
     },
     /// A token of this name is there.
-    #[error("{0:?} has a token already: use --rotate to replace it, or choose another name")]
+    #[error(
+        "{0:?} has a token already: use --rotate to replace it, or choose another name; a file into which \
+         this output was to go is empty now"
+    )]
     Exists(String),
     /// No token of this name is there.
     #[error("{name:?} has no token in {file:?}: --list shows the names")]

@@ -383,7 +383,12 @@ async fn refusal(response: Response<Body>) -> ConnectError {
             let reason = "the server answered a page instead of a WebSocket";
             ConnectError::NotWaybill { status: code, reason, body }
         }
-        _ if matches!(code, 404 | 405 | 426) => {
+        // Only a request without `Upgrade` is answered so by a receiver.
+        _ if code == 426 => {
+            let reason = "the proxy drops the Upgrade header";
+            ConnectError::NotWaybill { status: code, reason, body }
+        }
+        _ if matches!(code, 404 | 405) => {
             let reason = "there is no Waybill at this path";
             ConnectError::NotWaybill { status: code, reason, body }
         }

@@ -100,7 +100,7 @@ pub enum ConnectError {
         location: String,
     },
     /// Something answers there that is not Waybill.
-    #[error("{reason} (HTTP status {status}{}); check host and path", quoted(.body))]
+    #[error("{reason} (HTTP status {status}{}); {}", quoted(.body), page_advice(*.status))]
     NotWaybill {
         /// HTTP status.
         status: u16,
@@ -175,6 +175,9 @@ pub enum TlsFault {
     /// The certificate is for somebody else.
     #[error("the server's certificate is for another name: {0}; use a name that it lists")]
     WrongName(String),
+    /// The certificate is for nobody.
+    #[error("the server's certificate names no host; make it one with subjectAltName")]
+    NoName,
     /// No trusted authority signed it.
     #[error("the server's certificate comes from an unknown authority; name its CA with --ca")]
     UnknownAuthority,
@@ -220,6 +223,9 @@ pub(super) fn tls_fault(error: &io::Error) -> TlsFault {
             }
             CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
                 TlsFault::NotYetValid
+            }
+            CertificateError::NotValidForNameContext { presented, .. } if presented.is_empty() => {
+                TlsFault::NoName
             }
             CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
                 TlsFault::WrongName(fault.to_string())
@@ -278,7 +284,10 @@ fn advice(status: u16, body: &str) -> String {
         400 => {
             "a proxy or the receiver takes this request for broken: check address and certificate"
         }
-        401 => "the token is unknown, expired or revoked: ask for one with `waybill token`",
+        401 => {
+            "the token is unknown, expired or revoked: for a new one, at the other side: \
+             waybill token NAME --tokens FILE --rotate"
+        }
         403 if body.contains("cannot check") => "",
         403 if body.contains("client certificate") => "show the right one with --cert and --key",
         403 if body.contains("token") => "",
@@ -290,6 +299,10 @@ fn advice(status: u16, body: &str) -> String {
     };
     let separator = if advice.is_empty() { "" } else { "; " };
     format!("{}{separator}{advice}", quoted(body))
+}
+
+fn page_advice(status: u16) -> &'static str {
+    if status == 426 { "compare with nginx/receiver.conf" } else { "check host and path" }
 }
 
 fn proxy_advice(status: u16, body: &str) -> String {

@@ -91,7 +91,9 @@ pub enum BindError {
         address: String,
     },
     /// Anything else.
-    #[error("{address} cannot be bound: {source}")]
+    #[error(
+        "{address} cannot be bound: {source}; is the address this machine's, and its folder there?"
+    )]
     Other {
         /// As configured.
         address: String,

@@ -43,9 +43,12 @@ pub(super) async fn check(
     match &config.destination {
         DestinationConfig::Embedded(store) => {
             const CHECK: &str = "store";
-            local::folder(report, CHECK, store.file.parent().unwrap_or(Path::new("/")))?;
-            if let Err(error) = embedded::look(&store.file) {
-                report.fail(CHECK, None, error.to_string())?;
+            match embedded::look(&store.file) {
+                Err(error) => report.fail(CHECK, None, error.to_string())?,
+                Ok(()) => {
+                    let folder = store.file.parent().unwrap_or(Path::new("/"));
+                    local::folder(report, CHECK, folder)?;
+                }
             }
         }
         DestinationConfig::Elasticsearch(elasticsearch) => {

@@ -81,7 +81,7 @@ pub(super) fn way(
         report.fail("connection", of, failure())?;
         return Ok(false);
     }
-    report.ok("connection", of, "taken")?;
+    report.ok("connection", of, "accepted")?;
     if endpoint.tls {
         let Some(certificate) = &steps.certificate else {
             report.fail("tls", of, failure())?;
@@ -113,14 +113,7 @@ fn told(
             report.fail("token", of, error.to_string())?;
         }
         Some(error) => {
-            // Only a request without `Upgrade` is answered so by a receiver.
-            let advice = match steps.status {
-                Some(426) => {
-                    "; the proxy drops the Upgrade header: compare with nginx/receiver.conf"
-                }
-                _ => "",
-            };
-            report.fail("upgrade", of, format!("{error}{advice}{through}"))?;
+            report.fail("upgrade", of, format!("{error}{through}"))?;
         }
     }
     clock(report, of, "the receiver's", steps)

@@ -44,8 +44,10 @@ const STALLED: Duration = Duration::from_secs(90);
 pub async fn run(args: cli::Demo, environment: Environment) -> anyhow::Result<Exit> {
     let mut terminate = signal(SignalKind::terminate())?;
     let is_temporary = args.keep.is_none();
+    // Before a folder is made: one may be mistyped.
+    let files = regular_files(&args.files)?;
     let workshop = Workshop::make(args.keep.as_deref())?;
-    let demo = Demo::new(args, environment, workshop)?;
+    let demo = Demo::new(args, files, environment, workshop)?;
     let mut processes = Processes::default();
     // Dropping `play` loses nothing: the processes are stopped below in either case.
     let exit = tokio::select! {
@@ -93,7 +95,12 @@ struct Demo {
 }
 
 impl Demo {
-    fn new(args: cli::Demo, environment: Environment, workshop: Workshop) -> anyhow::Result<Demo> {
+    fn new(
+        args: cli::Demo,
+        files: Vec<PathBuf>,
+        environment: Environment,
+        workshop: Workshop,
+    ) -> anyhow::Result<Demo> {
         let (destination, searched) = match args.elasticsearch.elasticsearch.is_empty() {
             true => {
                 let store = ["--store".to_owned(), workshop.text("store.sqlite")];
@@ -101,13 +108,6 @@ impl Demo {
             }
             false => elasticsearch_flags(&args.elasticsearch, &environment)?,
         };
-        let mut files = Vec::new();
-        for file in &args.files {
-            // The sender refuses symbolic links; a person who names one here means its target.
-            let path = file.canonicalize().with_context(|| format!("{}", file.display()))?;
-            ensure!(path.is_file(), "{} is not a regular file", file.display());
-            files.push(path);
-        }
         Ok(Demo {
             workshop,
             environment,
@@ -303,7 +303,8 @@ impl Demo {
         receiver.freeze();
         tokio::time::sleep(FROZEN).await;
         receiver.kill().await?;
-        step("receiver killed with SIGKILL; writing goes on")?;
+        let meanwhile = if self.files.is_empty() { "; writing goes on" } else { "" };
+        step(format_args!("receiver killed with SIGKILL{meanwhile}"))?;
         tokio::time::sleep(OUTAGE).await;
         *receiver = self.start_receiver(address).await?;
         receiver.listening().await?;
@@ -387,6 +388,17 @@ impl Demo {
         let sender = escape_path(&self.workshop.path("sender.toml"));
         say(format_args!("  less {sender}    # the sender's configuration"))
     }
+}
+
+/// What was named, which must be there. The sender refuses symbolic links; a person who names one here
+/// means its target.
+fn regular_files(named: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
+    let regular = |file: &PathBuf| {
+        let path = file.canonicalize().with_context(|| format!("{}", file.display()))?;
+        ensure!(path.is_file(), "{} is not a regular file", file.display());
+        Ok(path)
+    };
+    named.iter().map(regular).collect()
 }
 
 /// A word as a shell takes it.

@@ -108,6 +108,9 @@ pub enum StoreError {
     /// The file holds something else.
     #[error("{} is not a Waybill store; nothing was written to it, choose another file", .0.display())]
     NotAStore(PathBuf),
+    /// The path is a folder's.
+    #[error("{} is a folder; name the store's file in it", .0.display())]
+    Folder(PathBuf),
     /// A newer Waybill made it.
     #[error(
         "the store {} has format {found}, this version knows up to {SCHEMA_VERSION}; \
@@ -171,13 +174,14 @@ impl StoreError {
 
     /// Whether the file must be another, or the program: trying again does not help.
     pub fn is_of_another_kind(&self) -> bool {
-        use StoreError::{Newer, NotAStore, Older};
-        matches!(self, NotAStore(_) | Newer { .. } | Older { .. })
+        use StoreError::{Folder, Newer, NotAStore, Older};
+        matches!(self, NotAStore(_) | Folder(_) | Newer { .. } | Older { .. })
     }
 }
 
 /// Opens a store for writing, makes it where it is missing, and reads its destination id.
 pub(super) fn open_writer(path: &Path) -> Result<(Connection, Uuid), StoreError> {
+    refuse_folder(path)?;
     create_file(path).map_err(|source| StoreError::Create { path: path.to_owned(), source })?;
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let mut connection =
@@ -192,6 +196,7 @@ pub fn open_reader(path: &Path) -> Result<Connection, StoreError> {
     if !path.exists() {
         return Err(StoreError::Missing(path.to_owned()));
     }
+    refuse_folder(path)?;
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection =
         Connection::open_with_flags(path, flags).map_err(|source| StoreError::of(path, source))?;
@@ -212,6 +217,7 @@ pub fn look(path: &Path) -> Result<(), StoreError> {
     if !path.exists() {
         return Ok(());
     }
+    refuse_folder(path)?;
     // Where a log lies beside the file, both count. Else SQLite would make one to read by.
     let mut log = path.as_os_str().to_owned();
     log.push("-wal");
@@ -224,6 +230,10 @@ pub fn look(path: &Path) -> Result<(), StoreError> {
         | OpenFlags::SQLITE_OPEN_URI;
     let connection = Connection::open_with_flags(uri, flags);
     kind(&connection.map_err(|source| StoreError::of(path, source))?, path).map(drop)
+}
+
+fn refuse_folder(path: &Path) -> Result<(), StoreError> {
+    if path.is_dir() { Err(StoreError::Folder(path.to_owned())) } else { Ok(()) }
 }
 
 /// Makes the folder and an empty file that only its owner writes and its group reads: log lines

@@ -588,6 +588,13 @@ fn a_file_that_is_no_store_is_refused_and_left_alone() {
         }
         assert_eq!(fs::read(path).expect("a file"), before);
     }
+    for error in [
+        Store::open(&config(folder.path())).err(),
+        open_reader(folder.path()).err(),
+        look(folder.path()).err(),
+    ] {
+        assert!(matches!(error, Some(StoreError::Folder(_))), "{error:?}");
+    }
     let missing = open_reader(&folder.path().join("missing"));
     assert!(matches!(missing, Err(StoreError::Missing(_))));
     let error = Store::open(&config(&text.join("store"))).err().expect("its folder is a file");

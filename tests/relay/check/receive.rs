@@ -7,7 +7,7 @@ use std::process::Command;
 use serde_json::{Value, json};
 
 use super::{as_nobody, checked, ending, front, mode, receiver, sender};
-use crate::support::servers::{Elasticsearch, Nginx, free_port, have, wait_until};
+use crate::support::servers::{Elasticsearch, Nginx, free_port, have, root, wait_until};
 use crate::support::store::{run, wait_for_lines};
 use crate::support::waybill::{Bench, Certificates, PATIENCE, Process, lines, waybill};
 
@@ -42,7 +42,7 @@ fn a_dialled_sender_is_reached_and_not_taken_over() {
     sound.fails(&[]);
     for (name, status, words) in [
         ("name", "ok", "localhost is"),
-        ("connection", "ok", "taken"),
+        ("connection", "ok", "accepted"),
         ("tls", "ok", "days left"),
         ("token", "ok", "accepted"),
         ("upgrade", "skip", "take over"),
@@ -211,7 +211,7 @@ fn a_certificate_that_senders_refuse_is_said_on_both_sides() {
     let no_authority = "-addext basicConstraints=critical,CA:FALSE";
     let cases = [
         (format!("x509 -req -in own.csr -signkey own.key {end}"), "version 1"),
-        (format!("req -x509 {key} {end} {no_authority}"), "name"),
+        (format!("req -x509 {key} {end} {no_authority}"), "names no host"),
         (format!("req -x509 {key} {end} {names}"), "CA:TRUE"),
     ];
     let tls = ["--tls-cert", "own.pem", "--tls-key", "own.key", "--store", "store.sqlite"];
@@ -237,12 +237,31 @@ fn a_certificate_that_senders_refuse_is_said_on_both_sides() {
     command.args(["receive", "--listen", "127.0.0.1:0", "--tokens"]).arg(bench.path("tokens.toml"));
     command.args(tls).current_dir(bench.path(""));
     let running = Process::start("receiver", command, bench.path("receiver.log"));
-    running.wait_for_log("other side refuses the certificate");
+    running.wait_for_log("other side will refuse the certificate");
     running.wait_for_log(" listening");
     openssl(&format!("req -x509 {key} {end} {names} {no_authority}"));
     let check = checked(receiver(&bench, &tls));
     check.fails(&[]);
     check.says("tls", "ok", "the certificate for localhost, 127.0.0.1 is good until ");
+
+    // The one that the README makes is taken.
+    let readme = fs::read_to_string(root().join("README.md")).expect("the README");
+    let (_, command) = readme.split_once("\n    openssl ").expect("a command");
+    let (command, _) = command.split_once("\n\n").expect("its end");
+    let command = command.replace("\\\n", " ").replace("logs.example.com", "localhost");
+    openssl(&command.split_whitespace().collect::<Vec<_>>().join(" "));
+    let port = free_port();
+    let mut command = waybill();
+    command.args(["receive", "--listen", &format!("127.0.0.1:{port}"), "--store", "own.sqlite"]);
+    command.args(["--tokens", "tokens.toml", "--tls-cert", "cert.pem", "--tls-key", "key.pem"]);
+    command.current_dir(bench.path(""));
+    let running = Process::start("receiver", command, bench.path("own.log"));
+    running.wait_for_log(" listening");
+    assert!(!running.log().contains("will refuse"), "{}", running.log());
+    let url = format!("wss://localhost:{port}/");
+    let check = checked(sender(&bench, &["app.log", "--ca", "cert.pem", "--to", &url]));
+    check.fails(&[]);
+    check.says("tls", "ok", "the certificate for localhost is good until ");
 }
 
 /// What `waybill setup` put there, and what others change; called for each version.

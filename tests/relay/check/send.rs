@@ -36,7 +36,7 @@ fn a_sound_sender_is_ok_in_each_line_and_a_running_one_is_not_disturbed() {
         ("lock", "by the waybill send that runs (process "),
         ("source", "1 file"),
         ("name", "localhost is"),
-        ("connection", "taken"),
+        ("connection", "accepted"),
         ("tls", "days left"),
         ("upgrade", "101, waybill.v1, through nginx"),
         ("token", "accepted"),
