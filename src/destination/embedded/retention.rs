@@ -51,9 +51,12 @@ impl Age {
     ) -> rusqlite::Result<i64> {
         let wanted = now.saturating_sub(self.max);
         let gained = moment.saturating_duration_since(self.looked).saturating_mul(HASTE);
-        let known = match self.before {
-            Some(known) => known,
-            None => oldest_arrival(connection)?.unwrap_or(wanted),
+        // A stretch without lines is passed over but for its last day: it may be decades long, where the
+        // first came before a machine without a clock had asked for the time.
+        let oldest = oldest_arrival(connection)?.filter(|oldest| *oldest <= now);
+        let known = match (self.before, oldest) {
+            (Some(known), Some(oldest)) => known.max(oldest - DAY_MS),
+            (known, oldest) => known.or(oldest).unwrap_or(wanted),
         };
         let gained = i64::try_from(gained.as_millis()).unwrap_or(i64::MAX);
         let before = wanted.min(known.saturating_add(gained));
@@ -145,8 +148,10 @@ fn oldest_lines(connection: &Connection, time: i64, now: i64) -> rusqlite::Resul
 }
 
 fn oldest_arrival(connection: &Connection) -> rusqlite::Result<Option<i64>> {
-    let oldest = "SELECT arrived FROM lines ORDER BY line LIMIT 1";
-    connection.query_row(oldest, [], |row| row.get(0)).optional()
+    connection
+        .prepare_cached("SELECT arrived FROM lines ORDER BY line LIMIT 1")?
+        .query_row([], |row| row.get(0))
+        .optional()
 }
 
 /// Where no line is left to delete, the oldest of the parked ones go.

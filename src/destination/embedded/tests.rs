@@ -492,6 +492,26 @@ fn a_clock_that_is_ahead_for_a_while_deletes_a_day_for_each_hour() {
 }
 
 #[test]
+fn lines_of_a_clock_that_began_in_1970_hold_up_nobody() {
+    let folder = folder();
+    let mut store = open(&folder.path().join("store"));
+    hourly(&mut store, 31 * 24);
+    let asked = "UPDATE lines SET arrived = arrived + ?1 WHERE arrived >= ?2";
+    let days = |days: i64| days * DAY_MS as i64;
+    store.writer.connection.execute(asked, [days(20_000), days(1)]).expect("an update");
+    let config = EmbeddedConfig { keep_days: Some(10), ..config(&store.path) };
+    let mut retention = Retention::new(&config);
+    let opened = Instant::now();
+    let mut at = |hours: u64| {
+        let moment = opened + Duration::from_secs(hours * 3600);
+        deleted_at(&store, &mut retention, 20_031 * DAY_MS, moment)
+    };
+    assert_eq!(at(1), 24, "the day of 1970");
+    assert_eq!((2..=48).map(&mut at).sum::<usize>(), 20 * 24);
+    assert_eq!(count(&store.writer.connection, "lines"), 10 * 24);
+}
+
+#[test]
 fn a_line_of_a_clock_that_was_ahead_holds_up_nobody() {
     let folder = folder();
     let mut store = open(&folder.path().join("store"));
